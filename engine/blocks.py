@@ -75,13 +75,6 @@ class BlockManager:
             else:
                 self._free.append(block)
 
-    def forget(self) -> None:
-        """Drop every cached content, held or not (its tensors were lost)."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._hash_of.clear()
-        self._block_of.clear()
-
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the books balance with the block tables of all owners."""
         owners = Counter(block for table in tables for block in table)

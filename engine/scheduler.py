@@ -8,6 +8,7 @@ later (preemption by recompute: no swap to host memory).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.blocks import BlockManager
@@ -38,12 +39,14 @@ class Scheduler:
         max_batch_size: int,
         max_step_tokens: int,
         share_prefixes: bool = True,
+        on_preempt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.share_prefixes = share_prefixes
+        self._on_preempt = on_preempt
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
@@ -163,6 +166,7 @@ class Scheduler:
         self._free(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+        self._on_preempt(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)

@@ -1,0 +1,480 @@
+"""The engine's facade: load a model, stream answers, abort, report, close.
+
+One thread owns the model and the scheduler; everything else talks to it through an inbox, and every
+request hears back through its own sink. A request that fails, fails alone: when a step raises, its
+sequences are tried one by one. The idea of a loop with an inbox is vLLM's and SGLang's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.blocks import BlockManager
+from engine.chat import ChatTemplate
+from engine.config import EngineConfig
+from engine.errors import CapacityError, ConfigError, EngineError, ModelError, RequestError
+from engine.models.families import read_spec
+from engine.models.spec import ModelSpec
+from engine.models.weights import Model, check_weights, load_model
+from engine.prompt import PromptBuilder
+from engine.runner import Runner
+from engine.sampler import Sampler, TokenLogprobs
+from engine.scheduler import Scheduler, Work
+from engine.sequence import Sequence
+from engine.tokenizer import StreamDecoder, Tokenizer
+from engine.types import Event, Finished, FinishReason, Logprob, Request, TextDelta
+
+log = logging.getLogger(__name__)
+
+STALL_S = 30.0  # a step that takes longer makes the engine unhealthy
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot: sequences, KV blocks (cached ones count as free), bytes, totals since load."""
+
+    running: int
+    waiting: int
+    num_blocks: int
+    free_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_bytes: int
+    preemptions: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Engine:
+    """A loaded model that answers requests until it is closed. Make one with `Engine.load`."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig,
+        device: torch.device,
+        tokenizer: Tokenizer,
+        prompts: PromptBuilder,
+    ) -> None:
+        spec = model.spec
+        session_len = config.session_len or spec.max_position
+        self.name = config.model_name or Path(config.model).resolve().name
+        self.config = config
+        self.spec = spec
+        self.device = str(device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.supports_images = spec.vision is not None
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._weight_bytes = model.weight_bytes
+        self._runner = Runner(model, config, device, session_len)
+        self._sampler = Sampler(spec.vocab_size, config.max_batch_size, device)
+        self._scheduler = Scheduler(
+            BlockManager(self._runner.num_blocks),
+            self._runner.block_size,
+            max_batch_size=config.max_batch_size,
+            max_step_tokens=config.max_prefill_token_num,
+            share_prefixes=config.enable_prefix_caching,
+            on_preempt=self._sampler.release,
+        )
+        self.max_context = min(session_len, self._runner.num_blocks * self._runner.block_size)
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._open: set[Sequence] = set()  # owned by the loop thread
+        self._admission = threading.Lock()
+        self._num_open = 0
+        self._is_closed = False
+        self._step_began: float | None = None
+        self._thread = threading.Thread(target=self._loop, name=f"engine-{self.name}", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
+    ) -> Engine:
+        """Check everything that the headers tell, then read the weights; on_progress(done, total) bytes.
+
+        Raises ConfigError, ModelError or CapacityError; nothing stays allocated then.
+        """
+        folder = Path(config.model).expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"{folder} is not a folder. Give the folder that holds config.json.")
+        device = _resolve_device(config.device)
+        spec = _with_rope_factor(read_spec(folder), config)
+        _check_format(spec, config)
+        dtype = _resolve_dtype(config.dtype, spec, device)
+        check_weights(folder, spec)
+        tokenizer = Tokenizer.load(folder, spec)
+        template = ChatTemplate.load(folder, tokenizer, spec, config.chat_template)
+        prompts = PromptBuilder(folder, spec, tokenizer, template)
+        try:
+            model = load_model(folder, spec, device, dtype, on_progress)
+            return cls(model, config, device, tokenizer, prompts)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory("loading the model", error) from error
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Yield TextDelta events and one Finished; closing the generator aborts the request.
+
+        Raises RequestError (the request cannot be served), CapacityError (the queue is full) or
+        EngineError (the engine failed or was closed).
+        """
+        events: queue.SimpleQueue[Event | EngineError] = queue.SimpleQueue()
+        sequence = self._submit(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, EngineError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._abort(sequence)
+
+    async def astream(self, request: Request) -> AsyncIterator[Event]:
+        """`stream` for asyncio: the prompt is built on a worker thread, events come as they are made."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+
+        def deliver(event: Event | EngineError) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        submitting = loop.run_in_executor(None, self._submit, request, deliver)
+        try:
+            sequence = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(
+                lambda done: done.cancelled() or done.exception() or self._abort(done.result())
+            )
+            raise
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, EngineError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._abort(sequence)
+
+    def stats(self) -> EngineStats:
+        scheduler, runner = self._scheduler, self._runner
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            num_blocks=runner.num_blocks,
+            free_blocks=scheduler.blocks.num_available,
+            block_size=runner.block_size,
+            weight_bytes=self._weight_bytes,
+            kv_bytes=runner.num_blocks * runner.bytes_per_block,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+    def healthy(self) -> bool:
+        """The loop runs, and the step in progress is not stuck."""
+        began = self._step_began
+        stalled = began is not None and time.monotonic() - began > STALL_S
+        return self._thread.is_alive() and not stalled
+
+    def close(self) -> None:
+        """End every request with an error, stop the loop and give the memory back. Idempotent."""
+        with self._admission:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._inbox.put(lambda: None)
+        self._thread.join()
+        self._runner.free()
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    # The caller's side: these run on the threads of those who ask.
+
+    def _submit(self, request: Request, sink: Callable[[Event | EngineError], None]) -> Sequence:
+        self._reserve()
+        try:
+            sequence = self._make_sequence(request, sink)
+        except BaseException:
+            self._unreserve()
+            raise
+        self._inbox.put(lambda: self._enter(sequence))
+        return sequence
+
+    def _make_sequence(
+        self, request: Request, sink: Callable[[Event | EngineError], None]
+    ) -> Sequence:
+        params = request.params
+        outside = [t for t in params.logit_bias if t >= self.spec.vocab_size]
+        if outside:
+            raise RequestError(
+                f"logit_bias names token {outside[0]}; this model has tokens 0 to "
+                f"{self.spec.vocab_size - 1}."
+            )
+        prompt = self._prompts.build(request)
+        length = len(prompt.token_ids)
+        if length >= self.max_context:
+            raise RequestError(
+                f"Prompt has {length:,} tokens; this model accepts {self.max_context - 1:,} and needs "
+                "one for the answer. Shorten the prompt or load the model with a larger session_len."
+            )
+        room = self.max_context - length
+        answer = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        decoder = StreamDecoder(
+            self._tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens
+        )
+        return Sequence(
+            prompt.token_ids,
+            params,
+            max_tokens=length + answer,
+            images=prompt.images,
+            decoder=decoder,
+            sink=sink,
+        )
+
+    def _reserve(self) -> None:
+        """Count the request in before its prompt is built, so that a burst cannot pass the limit."""
+        limit = self.config.max_waiting + self.config.max_batch_size
+        with self._admission:
+            if self._is_closed:
+                raise EngineError("The model was unloaded. Load a model and try again.")
+            if self._num_open >= limit:
+                raise CapacityError(
+                    f"{self._num_open} requests are in the queue, which is full. Try again later."
+                )
+            self._num_open += 1
+
+    def _unreserve(self) -> None:
+        with self._admission:
+            self._num_open -= 1
+
+    def _abort(self, sequence: Sequence) -> None:
+        if not sequence.is_finished:
+            sequence.is_aborted = True
+            self._inbox.put(lambda: self._drop(sequence))
+
+    # The loop's side: everything below runs on the engine's own thread.
+
+    def _loop(self) -> None:
+        while True:
+            self._drain_inbox()
+            if self._is_closed:
+                break
+            try:
+                self._step_began = time.monotonic()
+                self._step()
+            except Exception:
+                # The loop must outlive any fault; those whose state is unknown are told.
+                log.exception("engine step failed")
+                self._fail_all(EngineError("The engine failed on this step; please try again."))
+            finally:
+                self._step_began = None
+        self._fail_all(EngineError("The model was unloaded while it was answering."))
+
+    def _drain_inbox(self) -> None:
+        """Run what others asked for; wait for it when there is nothing else to do."""
+        idle = not (self._scheduler.running or self._scheduler.waiting)
+        while not self._is_closed and (idle or not self._inbox.empty()):
+            self._inbox.get()()
+            idle = False
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._open.add(sequence)
+        if sequence.is_aborted:
+            self._drop(sequence)
+        else:
+            self._scheduler.add(sequence)
+            self._prompt_tokens += sequence.num_prompt
+
+    def _step(self) -> None:
+        work = self._scheduler.schedule()
+        if not work:
+            return
+        try:
+            outcomes = self._compute(work)
+        except Exception as error:
+            if len(work) == 1:
+                self._fail(work[0].sequence, error)
+                return
+            log.warning("a step over %d sequences failed; trying each alone", len(work))
+            for item in work:
+                self._step_alone(item)
+            return
+        self._commit(work, outcomes)
+
+    def _step_alone(self, item: Work) -> None:
+        try:
+            outcomes = self._compute([item])
+        except Exception as error:
+            self._fail(item.sequence, error)
+        else:
+            self._commit([item], outcomes)
+
+    def _compute(self, work: list[Work]) -> list[tuple[int, TokenLogprobs | None] | None]:
+        """Forward and sample -> a token for each item that reached its last known token."""
+        logits = self._runner.forward(work)
+        sampling = [item.sequence for item in work if item.samples]
+        if not sampling:
+            return [None] * len(work)
+        banned = [self._banned(sequence) for sequence in sampling]
+        tokens, logprobs = self._sampler.sample(logits, sampling, banned)
+        sampled = iter(zip(tokens, logprobs, strict=True))
+        return [next(sampled) if item.samples else None for item in work]
+
+    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
+        params = sequence.params
+        if sequence.num_output >= params.min_new_tokens:
+            return ()
+        return tuple({*self._tokenizer.eos_token_ids, *params.stop_token_ids})
+
+    def _commit(
+        self, work: list[Work], outcomes: list[tuple[int, TokenLogprobs | None] | None]
+    ) -> None:
+        for item, outcome in zip(work, outcomes, strict=True):
+            token, logprobs = outcome or (None, None)
+            self._scheduler.commit(item, token)
+            if token is not None:
+                self._completion_tokens += 1
+                item.sequence.mark_token()
+                self._emit(item.sequence, token, logprobs)
+
+    def _emit(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Send the token's text, and the end when this token brings it."""
+        params, decoder = sequence.params, sequence.decoder
+        may_stop = sequence.num_output >= params.min_new_tokens
+        reason: FinishReason | None = None
+        match: str | int | None = None
+        text = ""
+        is_end = token in self._tokenizer.eos_token_ids and not params.ignore_eos
+        if may_stop and (is_end or token in params.stop_token_ids):
+            reason, match = "stop", token
+        else:
+            text, match = decoder.push(token, may_stop=may_stop)
+            if match is not None:
+                reason = "stop"
+            elif sequence.num_tokens >= sequence.max_tokens:
+                reason = "length"
+        if reason and not isinstance(match, str):
+            text += decoder.flush()
+        details = () if logprobs is None else (self._describe(token, logprobs),)
+        sequence.sink(TextDelta(text, (token,), details))
+        if reason:
+            self._finish(sequence, reason, match)
+
+    def _describe(self, token: int, logprobs: TokenLogprobs) -> Logprob:
+        def entry(token_id: int, value: float, top: tuple[Logprob, ...] = ()) -> Logprob:
+            text = self._tokenizer.token_text(token_id)
+            return Logprob(token_id, text, self._tokenizer.token_bytes(token_id), value, top)
+
+        top = tuple(entry(token_id, value) for token_id, value in logprobs.top)
+        return entry(token, logprobs.sampled, top)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, match: str | int | None) -> None:
+        event = Finished(reason, sequence.usage(), sequence.timing(), match)
+        self._leave(sequence)
+        sequence.sink(event)
+
+    def _drop(self, sequence: Sequence) -> None:
+        if not sequence.is_finished:
+            self._finish(sequence, "abort", None)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = _out_of_memory("answering this request", error)
+        elif not isinstance(error, EngineError):
+            log.error("request %d failed", sequence.id, exc_info=error)
+            error = EngineError("The engine could not compute this request; its log has the details.")
+        self._leave(sequence)
+        sequence.sink(error)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for sequence in list(self._open):
+            self._leave(sequence)
+            sequence.sink(error)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of every book."""
+        sequence.is_finished = True
+        self._open.discard(sequence)
+        self._sampler.release(sequence)
+        if sequence in self._scheduler.running or sequence in self._scheduler.waiting:
+            self._scheduler.remove(sequence)
+        self._unreserve()
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices. "
+            "Use device auto or cpu, or install an NVIDIA driver and a CUDA build of torch."
+        )
+    return device
+
+
+def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """auto: fp32 on the CPU, where half types gain nothing; on a GPU what the checkpoint has."""
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        name = "float16" if spec.dtype == "float32" else spec.dtype
+    return getattr(torch, name)
+
+
+def _with_rope_factor(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """Apply rope_scaling_factor (dynamic NTK, as in LMDeploy) and check session_len against it."""
+    if config.rope_scaling_factor > 1:
+        rope = replace(
+            spec.rope,
+            kind="dynamic",
+            factor=config.rope_scaling_factor,
+            original_max_position=spec.max_position,
+        )
+        longer = int(spec.max_position * config.rope_scaling_factor)
+        spec = replace(spec, rope=rope, max_position=longer)
+    if config.session_len is not None and config.session_len > spec.max_position:
+        raise ConfigError(
+            f"session_len is {config.session_len:,}; this model has {spec.max_position:,} positions. "
+            "Lower session_len, or set rope_scaling_factor (dynamic NTK) to stretch them."
+        )
+    return spec
+
+
+def _check_format(spec: ModelSpec, config: EngineConfig) -> None:
+    found = "hf" if spec.quant is None else "awq"
+    if config.model_format not in ("auto", found):
+        raise ConfigError(
+            f"model_format is {config.model_format!r}, but the checkpoint is of format {found!r}."
+        )
+
+
+def _out_of_memory(doing: str, error: torch.OutOfMemoryError) -> CapacityError:
+    free, total = torch.cuda.mem_get_info()
+    first = str(error).split(". GPU", maxsplit=1)[0]
+    return CapacityError(
+        f"Out of GPU memory while {doing}: {first}; {free:,} of {total:,} bytes are free. "
+        "Use a smaller or quantized model, a smaller KV cache or a shorter prompt."
+    )

@@ -1,0 +1,162 @@
+"""Runs a scheduled step on the device: work items -> flat tensors -> logits. Owns the KV cache.
+
+Also sizes that cache: the share of free memory that EngineConfig asks for, measured after a trial
+forward pass so that a full step still fits beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence as Rows
+
+import psutil
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.errors import CapacityError
+from engine.layers.kv_cache import allocate_kv, kv_bytes_per_block
+from engine.models.weights import Model
+from engine.prompt import ImageSpan
+from engine.scheduler import Work
+from engine.types import BatchInputs
+
+IMAGE_CACHE_BYTES = 256 * 2**20
+
+
+class Runner:
+    """One model with its KV cache, ready to compute steps."""
+
+    def __init__(
+        self, model: Model, config: EngineConfig, device: torch.device, session_len: int
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.block_size = config.cache_block_seq_len
+        self.bytes_per_block = kv_bytes_per_block(model.spec, self.block_size, model.dtype)
+        self.num_blocks = self._count_blocks(config, session_len)
+        self._kv = allocate_kv(model.spec, self.num_blocks, self.block_size, model.dtype, device)
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._feature_bytes = 0
+
+    @torch.inference_mode()
+    def forward(self, work: Rows[Work]) -> Tensor:
+        """Compute `work` (single-token rows first) -> logits [number of sampling items, V] float32."""
+        inputs = self._inputs(work)
+        hidden = self.model.decoder.embed(inputs.input_ids)
+        self._place_images(hidden, work)
+        hidden = self.model.decoder.forward(hidden, inputs, self._kv)
+        ends = list(itertools.accumulate(item.count for item in work))
+        last = [end - 1 for end, item in zip(ends, work, strict=True) if item.samples]
+        return self.model.decoder.logits(hidden[last])
+
+    def free(self) -> None:
+        """Let go of the weights, the KV cache and the picture features; nothing runs after this."""
+        del self.model
+        self._kv.clear()
+        self._features.clear()
+
+    def _inputs(self, work: Rows[Work]) -> BatchInputs:
+        size = self.block_size
+        ids, positions, slots, contexts, starts = [], [], [], [], [0]
+        for item in work:
+            table = item.sequence.block_table
+            begin = item.sequence.num_computed
+            end = begin + item.count
+            ids += item.sequence.tokens[begin:end]
+            positions += range(begin, end)
+            slots += [table[p // size] * size + p % size for p in range(begin, end)]
+            contexts.append(end)
+            starts.append(len(ids))
+        width = -(-max(contexts) // size)
+        tables = [(item.sequence.block_table + [0] * width)[:width] for item in work]
+        return BatchInputs(
+            input_ids=self._tensor(ids),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            cu_seqlens=self._tensor(starts, torch.int32),
+            context_lens=self._tensor(contexts, torch.int32),
+            block_tables=self._tensor(tables, torch.int32),
+            query_lens=tuple(item.count for item in work),
+            max_context_len=max(contexts),
+            num_decodes=sum(item.count == 1 for item in work),
+        )
+
+    def _place_images(self, hidden: Tensor, work: Rows[Work]) -> None:
+        """Overwrite the placeholder rows of `hidden` [T, hidden_size] with picture features."""
+        row = 0
+        for item in work:
+            begin = item.sequence.num_computed
+            end = begin + item.count
+            for span in item.sequence.images:
+                first, last = max(begin, span.start), min(end, span.start + span.length)
+                if first < last:
+                    features = self._encode(span)[first - span.start : last - span.start]
+                    hidden[row + first - begin : row + last - begin] = features
+            row += item.count
+
+    def _encode(self, span: ImageSpan) -> Tensor:
+        """Features [span.length, hidden_size]; a picture is encoded once while it is remembered."""
+        if span.digest in self._features:
+            self._features.move_to_end(span.digest)
+            return self._features[span.digest]
+        pixels = span.pixel_values.unsqueeze(0).to(self.device, self.model.dtype)
+        features = self.model.vision.encode(pixels)[0]
+        self._features[span.digest] = features
+        self._feature_bytes += features.nbytes
+        while self._feature_bytes > IMAGE_CACHE_BYTES and len(self._features) > 1:
+            _, dropped = self._features.popitem(last=False)
+            self._feature_bytes -= dropped.nbytes
+        return features
+
+    def _count_blocks(self, config: EngineConfig, session_len: int) -> int:
+        """KV blocks to allocate; never more than max_batch_size sequences of session_len can fill."""
+        useful = -(-session_len // self.block_size) * config.max_batch_size
+        if config.cache_tokens is not None:
+            count = -(-config.cache_tokens // self.block_size)
+        elif config.cache_bytes is not None:
+            count = config.cache_bytes // self.bytes_per_block
+        else:
+            budget = int(self._free_bytes(config) * config.cache_max_entry_count)
+            count = min(budget // self.bytes_per_block, useful)
+        if count < 1:
+            raise CapacityError(
+                f"The KV cache has room for {count} blocks of {self.block_size} tokens "
+                f"({self.bytes_per_block:,} bytes each); at least 1 is needed. Raise "
+                "cache_max_entry_count, cache_bytes or cache_tokens, or free device memory."
+            )
+        return count
+
+    def _free_bytes(self, config: EngineConfig) -> int:
+        """Free memory once the largest step has its working memory."""
+        if self.device.type != "cuda":
+            return psutil.virtual_memory().available
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._trial(config.max_prefill_token_num)
+        working = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(free - working, 0)
+
+    @torch.inference_mode()
+    def _trial(self, count: int) -> None:
+        """One forward pass over `count` tokens without a cache, for its peak memory."""
+        inputs = BatchInputs(
+            input_ids=self._tensor([0] * count),
+            positions=self._tensor(list(range(count))),
+            slots=self._tensor([-1] * count),
+            cu_seqlens=self._tensor([0, count], torch.int32),
+            context_lens=self._tensor([count], torch.int32),
+            block_tables=self._tensor([[0]], torch.int32),
+            query_lens=(count,),
+            max_context_len=count,
+        )
+        decoder = self.model.decoder
+        hidden = decoder.forward(decoder.embed(inputs.input_ids), inputs, None)
+        decoder.logits(hidden[-1:])
+
+    def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
