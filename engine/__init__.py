@@ -1,44 +1,43 @@
-"""LMDeck's engine: load a checkpoint, stream answers, serve the OpenAI API."""
+"""LMDeck's engine: load a checkpoint, stream answers, serve the OpenAI API.
 
-from engine.config import EngineConfig
-from engine.engine import Engine, EngineStats
-from engine.errors import CapacityError, ConfigError, EngineError, ModelError, RequestError
-from engine.host import ModelHost
-from engine.images import load_image
-from engine.types import (
-    ChatMessage,
-    Event,
-    Finished,
-    ImagePart,
-    Logprob,
-    Request,
-    SamplingParams,
-    TextDelta,
-    TextPart,
-    Timing,
-    Usage,
-)
+Names are imported on first use, so that a command line can answer --help, and a page can open, before
+torch and transformers are in memory.
+"""
 
-__all__ = [
-    "CapacityError",
-    "ChatMessage",
-    "ConfigError",
-    "Engine",
-    "EngineConfig",
-    "EngineError",
-    "EngineStats",
-    "Event",
-    "Finished",
-    "ImagePart",
-    "Logprob",
-    "ModelError",
-    "ModelHost",
-    "Request",
-    "RequestError",
-    "SamplingParams",
-    "TextDelta",
-    "TextPart",
-    "Timing",
-    "Usage",
-    "load_image",
-]
+from importlib import import_module
+
+_HOMES = {
+    "engine.config": ("EngineConfig",),
+    "engine.engine": ("Engine", "EngineStats"),
+    "engine.errors": (
+        "CapacityError",
+        "ConfigError",
+        "EngineError",
+        "ModelError",
+        "RequestError",
+    ),
+    "engine.host": ("ModelHost",),
+    "engine.images": ("load_image",),
+    "engine.types": (
+        "ChatMessage",
+        "Event",
+        "Finished",
+        "ImagePart",
+        "Logprob",
+        "Request",
+        "SamplingParams",
+        "TextDelta",
+        "TextPart",
+        "Timing",
+        "Usage",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -399,7 +399,9 @@ class Engine:
             error = _out_of_memory("answering this request", error)
         elif not isinstance(error, EngineError):
             log.error("request %d failed", sequence.id, exc_info=error)
-            error = EngineError("The engine could not compute this request; its log has the details.")
+            error = EngineError(
+                "The engine could not compute this request; its log has the details."
+            )
         self._leave(sequence)
         sequence.sink(error)
 

@@ -50,10 +50,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float, *, open_low: bool = False) -> None:
             value = getattr(self, name)
-            inside = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+            inside = (
+                math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+            )
             if not inside:
                 bracket = "(" if open_low else "["
-                raise ConfigError(f"{name} is {value}; expected a number in {bracket}{low:g}, {high:g}].")
+                raise ConfigError(
+                    f"{name} is {value}; expected a number in {bracket}{low:g}, {high:g}]."
+                )
 
         check("temperature", 0, 100)
         check("top_p", 0, 1, open_low=True)
@@ -72,7 +76,9 @@ class SamplingParams:
         if len(self.stop) > 16 or any(not s or len(s) > 1024 for s in self.stop):
             raise ConfigError("stop takes at most 16 strings of 1 to 1024 characters.")
         if len(self.logit_bias) > 1024:
-            raise ConfigError(f"logit_bias has {len(self.logit_bias)} entries; expected at most 1024.")
+            raise ConfigError(
+                f"logit_bias has {len(self.logit_bias)} entries; expected at most 1024."
+            )
         for token, bias in self.logit_bias.items():
             if token < 0 or not math.isfinite(bias) or abs(bias) > 100:
                 raise ConfigError(

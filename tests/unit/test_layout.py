@@ -40,7 +40,9 @@ def is_under(name, packages):
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if p.split("/")[0] in ("engine", "quant", "ui")])
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if p.split("/")[0] in ("engine", "quant", "ui")]
+)
 def test_a_layer_imports_only_what_lies_below_it(path):
     layer = max((name for name in LOWER if path.startswith(name + "/")), key=len)
     ours = [name for name in imports(path) if is_under(name, {"engine", "quant", "ui", "app"})]
