@@ -1,0 +1,1 @@
+"""Building blocks of a decoder. They know sizes, not model families."""
