@@ -7,6 +7,8 @@ except AWQ weights.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 # Column j of every eight sits in nibble AWQ_ORDER.index(j) of its int32, lowest nibble first.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_SHIFTS = tuple(4 * AWQ_ORDER.index(column) for column in range(8))
+_scratch = threading.local()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,37 +68,32 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q [T, H, D] over keys already in the cache. Returns [T, H, D].
 
-    The first num_decodes sequences own one row each and are read together; the others own
-    query_lens[b] rows, the last ones of their context. Query i sees key j iff 0 <= i - j < window.
+    The first num_decodes sequences own one row each and are read together if there are several; the
+    others own query_lens[b] rows, the last ones of their context. Query i sees key j iff 0 <= i - j < window.
     Rows past the last sequence come back as zeros. context_lens [B], block_tables [B, max_blocks].
     """
     pieces = []
-    if num_decodes:
-        decoding = slice(0, num_decodes)
-        pieces.append(
-            _decode_attention(
-                q[decoding],
-                k_cache,
-                v_cache,
-                block_tables[decoding],
-                context_lens[decoding],
-                max_context_len if len(query_lens) > 1 else None,
-                scale,
-                window,
-            )
+    batched = num_decodes if num_decodes > 1 else 0
+    if batched:
+        piece = _decode_attention(
+            q[:batched],
+            k_cache,
+            v_cache,
+            block_tables[:batched],
+            context_lens[:batched],
+            max_context_len,
+            scale,
+            window,
         )
-    row = num_decodes
-    context_on_host = context_lens[num_decodes:].tolist()
-    for b, context_len in enumerate(context_on_host, start=num_decodes):
+        pieces.append(piece)
+    row = batched
+    for b, context_len in enumerate(context_lens[batched:].tolist(), start=batched):
         query_len = query_lens[b]
-        if query_len:
-            rows = q[row : row + query_len]
-            first = 0 if window is None else max(0, context_len - query_len - window + 1)
-            slots = _slots_of(block_tables[b], first, context_len, k_cache.shape[1])
-            k = k_cache.flatten(0, 1).index_select(0, slots)
-            v = v_cache.flatten(0, 1).index_select(0, slots)
-            pieces.append(_attend(rows, k, v, scale, window))
-            row += query_len
+        first = 0 if window is None else max(0, context_len - query_len - window + 1)
+        k = _gather(k_cache, block_tables[b], first, context_len)
+        v = _gather(v_cache, block_tables[b], first, context_len)
+        pieces.append(_attend(q[row : row + query_len], k, v, scale, window))
+        row += query_len
     if row < q.shape[0]:
         pieces.append(torch.zeros_like(q[row:]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -150,45 +148,72 @@ def _decode_attention(
     v_cache: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
-    max_context_len: int | None,
+    max_context_len: int,
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """One gather and one masked attention for n single-row queries; None: n is 1, length on the host."""
+    """One gather of whole blocks and one masked attention for n single-row queries."""
     n, num_heads, head_size = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
-    if max_context_len is None:
-        context_len = max(1, int(context_lens[0]))
-        first = 0 if window is None else max(0, context_len - window)
-        slots = _slots_of(block_tables[0], first, context_len, block_size)
-        visible = None
+    lens = context_lens[:, None].long().clamp(min=1)  # padding rows read one token
+    num_blocks = -(-max_context_len // block_size)
+    offsets = torch.arange(num_blocks * block_size, device=q.device)
+    if window is None or window >= max_context_len:
+        positions = offsets.expand(n, -1)
+        hidden = positions >= lens  # [n, S]
+        blocks = block_tables[:, :num_blocks]
     else:
-        span = max_context_len if window is None else min(window, max_context_len)
-        lens = context_lens[:, None].long().clamp(min=1)
-        positions = (lens - span).clamp(min=0) + torch.arange(span, device=q.device)  # [n, span]
-        visible = (positions < lens)[:, None, None]
-        # A masked position reads the last visible token, never a row that another request wrote:
-        # softmax gives it weight 0, and 0 * NaN would still be NaN.
-        positions = torch.minimum(positions, lens - 1)
-        blocks = block_tables.long().gather(1, positions // block_size)
-        slots = (blocks * block_size + positions % block_size).clamp(min=0).flatten()
-    k = k_cache.flatten(0, 1).index_select(0, slots).view(n, -1, num_kv_heads, head_size)
-    v = v_cache.flatten(0, 1).index_select(0, slots).view(n, -1, num_kv_heads, head_size)
-    # The G query heads of one KV head stand where query rows would: no key is copied per head.
-    grouped = q.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_size)
+        num_blocks = min(num_blocks, -(-window // block_size) + 1)
+        first_block = (lens - window).clamp(min=0) // block_size
+        positions = first_block * block_size + offsets[: num_blocks * block_size]
+        hidden = (positions >= lens) | (positions < lens - window)
+        columns = first_block + torch.arange(num_blocks, device=q.device)
+        blocks = block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1))
+    blocks = blocks.clamp(min=0).flatten()
+    k = _select_blocks(k_cache, blocks, "k").view(n, -1, num_kv_heads, head_size)
+    v = _select_blocks(v_cache, blocks, "v").view(n, -1, num_kv_heads, head_size)
+    # A hidden row may hold what an earlier request left, NaN included, and 0 * NaN is NaN.
+    rows = hidden.flatten().nonzero().squeeze(1)
+    k.flatten(0, 1).index_fill_(0, rows, 0)
+    v.flatten(0, 1).index_fill_(0, rows, 0)
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(hidden, float("-inf"))
+    # The H / K query heads of one KV head stand where query rows would: no key is copied per head.
     out = F.scaled_dot_product_attention(
-        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale
+        q.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_size),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask[:, None, None],  # a float mask is three times faster here than a bool one
+        scale=scale,
     )
     return out.reshape(n, num_heads, head_size)
 
 
-def _slots_of(block_table: Tensor, first: int, end: int, block_size: int) -> Tensor:
-    """Slots of the tokens first..end of one sequence, int64 [end - first]."""
-    start_block = first // block_size
-    blocks = block_table[start_block : -(-end // block_size)].long().clamp(min=0)
-    offsets = torch.arange(block_size, device=block_table.device)
-    slots = (blocks[:, None] * block_size + offsets).flatten()
-    return slots[first - start_block * block_size : end - start_block * block_size]
+def _select_blocks(cache: Tensor, blocks: Tensor, name: str) -> Tensor:
+    """cache[blocks], on the CPU into memory that this thread keeps for the tensor called name.
+
+    Fresh pages cost more than the copy: 16 sequences of 1,000 tokens (K 2, D 64, fp32, one core of a
+    Xeon) gather in 0.5 ms here and in 5.7 ms into a new tensor.
+    """
+    if cache.device.type != "cpu":
+        return cache.index_select(0, blocks)
+    needed = blocks.shape[0] * cache[0].numel()
+    buffer = getattr(_scratch, name, None)
+    if buffer is None or buffer.dtype != cache.dtype or buffer.numel() < needed:
+        with torch.inference_mode(False):
+            buffer = torch.empty(needed, dtype=cache.dtype)
+        setattr(_scratch, name, buffer)
+    out = buffer[:needed].view(-1, *cache.shape[1:])
+    return torch.index_select(cache, 0, blocks, out=out)
+
+
+def _gather(cache: Tensor, block_table: Tensor, first: int, end: int) -> Tensor:
+    """Tokens first..end of one sequence from cache [blocks, block_size, K, D]: [end - first, K, D]."""
+    block_size = cache.shape[1]
+    start = first // block_size
+    blocks = block_table[start : -(-end // block_size)]
+    rows = cache.index_select(0, blocks).flatten(0, 1)
+    return rows[first - start * block_size : end - start * block_size]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
