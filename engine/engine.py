@@ -32,7 +32,7 @@ from engine.sampler import Sampler, TokenLogprobs
 from engine.scheduler import Scheduler, Work
 from engine.sequence import Sequence
 from engine.tokenizer import StreamDecoder, Tokenizer
-from engine.types import Event, Finished, FinishReason, Logprob, Request, TextDelta
+from engine.types import ChatMessage, Event, Finished, FinishReason, Logprob, Request, TextDelta
 
 log = logging.getLogger(__name__)
 
@@ -236,8 +236,12 @@ class Engine:
             )
         room = self.max_context - length
         answer = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        is_chat = bool(request.prompt) and isinstance(request.prompt[0], ChatMessage)
         decoder = StreamDecoder(
-            self._tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens
+            self._tokenizer,
+            stop=params.stop,
+            skip_special_tokens=params.skip_special_tokens,
+            continues=request.continue_last or not is_chat,
         )
         return Sequence(
             prompt.token_ids,
@@ -474,9 +478,12 @@ def _check_format(spec: ModelSpec, config: EngineConfig) -> None:
 
 
 def _out_of_memory(doing: str, error: torch.OutOfMemoryError) -> CapacityError:
-    free, total = torch.cuda.mem_get_info()
-    first = str(error).split(". GPU", maxsplit=1)[0]
+    needed = str(error).split(". GPU", maxsplit=1)[0]
+    room = ""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        room = f" {free:,} of {total:,} bytes are free."
     return CapacityError(
-        f"Out of GPU memory while {doing}: {first}; {free:,} of {total:,} bytes are free. "
-        "Use a smaller or quantized model, a smaller KV cache or a shorter prompt."
+        f"Out of memory while {doing}: {needed}.{room} Use a smaller or quantized model, a smaller "
+        "KV cache or a shorter prompt."
     )

@@ -49,6 +49,11 @@ class Model:
     vision: VisionTower | None
     weight_bytes: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations and the KV cache are computed in."""
+        return self.decoder.embed_weight.dtype
+
 
 @dataclass(frozen=True)
 class TensorEntry:
