@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
-    InternLM3Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -30,7 +30,6 @@ from transformers import (
 from engine.layers.awq_format import dequantize_awq, quantize_to_awq
 from tests.internlm2_reference import internlm2_logits, internlm2_tensors
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "internlm2", "internlm3", "llava")
 VOCAB_SIZE = 301  # 256 bytes, special tokens and an odd rest
 IMAGE_TOKEN = 300
 
@@ -39,8 +38,10 @@ _CONFIGS = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
-    "internlm3": InternLM3Config,
 }
+if hasattr(transformers, "InternLM3Config"):  # newer than the oldest transformers 5 we support
+    _CONFIGS["internlm3"] = transformers.InternLM3Config
+FAMILIES = (*_CONFIGS, "internlm2", "llava")
 # Odd on purpose: sizes that are no powers of two, three query heads per KV head.
 _SIZES = dict(
     vocab_size=VOCAB_SIZE,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,9 @@ from engine.models.names import (
     module_name,
 )
 from engine.models.spec import ModelSpec
-from engine.models.vision import VisionTower
+
+if TYPE_CHECKING:
+    from engine.models.vision import VisionTower
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -95,17 +98,24 @@ def load_model(
     root = nn.Module()
     with torch.device("meta"):
         root.decoder = Decoder(spec)
-        root.vision = None if spec.vision is None else VisionTower(spec.vision, spec.hidden_size)
+        root.vision = None if spec.vision is None else _vision_tower(spec)
     root.to(dtype)
     if plan.tied:
         root.decoder.head.weight = root.decoder.embed_weight
     weight_bytes = sum(p.numel() * p.element_size() for p in root.parameters())
-    _materialize(root, torch.device(device), weight_bytes)
-    if plan.tied:
-        root.decoder.head.weight = root.decoder.embed_weight
-    if root.vision is not None:
-        root.vision.fill_buffers()
-    _fill(root, plan, spec, on_progress)
+    device = torch.device(device)
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if weight_bytes > free_bytes:
+        raise _no_room(weight_bytes, free_bytes)
+    try:
+        root.to_empty(device=device)
+        if plan.tied:  # to_empty gave each of the two names a tensor of its own
+            root.decoder.head.weight = root.decoder.embed_weight
+        if root.vision is not None:
+            root.vision.fill_buffers()
+        _fill(root, plan, spec, on_progress)
+    except torch.cuda.OutOfMemoryError as error:
+        raise _no_room(weight_bytes, free_bytes) from error
     return Model(spec, root.decoder, root.vision, weight_bytes)
 
 
@@ -146,11 +156,17 @@ def _make_plan(folder: Path, spec: ModelSpec) -> _Plan:
 def _vision_placements(spec: ModelSpec, layout: Layout) -> Iterator[Placement]:
     """The tower's own parameters; transformers nests them in vision_model in some versions."""
     with torch.device("meta"):
-        tower = VisionTower(spec.vision, spec.hidden_size)
+        tower = _vision_tower(spec)
     for name, parameter in tower.named_parameters():
         inner = name.removeprefix("clip.").removeprefix("vision_model.")
         prefix = layout.tower if name.startswith("clip.") else layout.projector
         yield Placement(prefix + inner, tuple(parameter.shape), f"vision.{name}")
+
+
+def _vision_tower(spec: ModelSpec) -> VisionTower:
+    from engine.models.vision import VisionTower  # transformers' CLIP takes seconds to import
+
+    return VisionTower(spec.vision, spec.hidden_size)
 
 
 def _check_entries(
@@ -184,21 +200,11 @@ def _count(names: list[str]) -> str:
     return f"{len(names)} tensor" + ("" if len(names) == 1 else "s")
 
 
-def _materialize(root: nn.Module, device: torch.device, needed: int) -> None:
-    """Allocate every parameter on device; a GPU that cannot hold them is a CapacityError."""
-    if device.type != "cuda":
-        root.to_empty(device=device)
-        return
-    free = torch.cuda.mem_get_info(device)[0]
-    try:
-        if needed > free:
-            raise torch.cuda.OutOfMemoryError
-        root.to_empty(device=device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise CapacityError(
-            f"The weights need {needed:,} bytes of GPU memory; {free:,} are free. "
-            "Close other programs on this GPU, or load a smaller or quantized model."
-        ) from error
+def _no_room(needed: int, free: float) -> CapacityError:
+    return CapacityError(
+        f"The weights need {needed:,} bytes of GPU memory; {free:,} are free. "
+        "Close other programs on this GPU, or load a smaller or quantized model."
+    )
 
 
 def _fill(
@@ -225,7 +231,8 @@ def _copy(placement: Placement, source: Tensor, target: Tensor, spec: ModelSpec)
     parts = _ungroup(source, axis, spec) if placement.grouped else (source,)
     for part in parts:
         width = part.shape[axis]
-        target.narrow(axis, start, width).copy_(part)
+        # converted on the host: copy_ would put the wider source on the GPU first
+        target.narrow(axis, start, width).copy_(part.to(target.dtype))
         start += width
 
 
