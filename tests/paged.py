@@ -17,8 +17,9 @@ class PagedRun:
 
     def __init__(self, model: Model, *, block_size: int = 5, num_blocks: int = 200) -> None:
         self.decoder, self.block_size = model.decoder, block_size
-        dtype = model.decoder.embed_weight.dtype
-        self.kv = allocate_kv(model.spec, num_blocks, block_size, dtype, "cpu")
+        weight = model.decoder.embed_weight
+        self.device = weight.device
+        self.kv = allocate_kv(model.spec, num_blocks, block_size, weight.dtype, weight.device)
         self._free = list(range(num_blocks))
         random.Random(0).shuffle(self._free)
         self._tables: dict[int, list[int]] = {}
@@ -44,13 +45,17 @@ class PagedRun:
         tables = [self._tables[s] + [-1] * (width - len(self._tables[s])) for s in order]
         query_lens = tuple(len(chunks[s]) for s in order)
         self.order = order
+
+        def tensor(values, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
         return BatchInputs(
-            input_ids=torch.tensor(ids),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            cu_seqlens=torch.tensor((0, *query_lens)).cumsum(0).int(),
-            context_lens=torch.tensor(lens, dtype=torch.int32),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
+            input_ids=tensor(ids, torch.int64),
+            positions=tensor(positions, torch.int64),
+            slots=tensor(slots, torch.int64),
+            cu_seqlens=tensor((0, *query_lens)).cumsum(0).int(),
+            context_lens=tensor(lens),
+            block_tables=tensor(tables),
             query_lens=query_lens,
             max_context_len=max(lens),
             num_decodes=num_decodes,

@@ -87,7 +87,8 @@ def paged_attention(
         )
         pieces.append(piece)
     row = batched
-    for b, context_len in enumerate(context_lens[batched:].tolist(), start=batched):
+    context_on_host = context_lens[batched:].clamp(min=1).tolist()  # padding reads one token
+    for b, context_len in enumerate(context_on_host, start=batched):
         query_len = query_lens[b]
         first = 0 if window is None else max(0, context_len - query_len - window + 1)
         k = _gather(k_cache, block_tables[b], first, context_len)
@@ -156,7 +157,7 @@ def _decode_attention(
     n, num_heads, head_size = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     lens = context_lens[:, None].long().clamp(min=1)  # padding rows read one token
-    num_blocks = -(-max_context_len // block_size)
+    num_blocks = max(1, -(-max_context_len // block_size))
     offsets = torch.arange(num_blocks * block_size, device=q.device)
     if window is None or window >= max_context_len:
         positions = offsets.expand(n, -1)
@@ -211,7 +212,7 @@ def _gather(cache: Tensor, block_table: Tensor, first: int, end: int) -> Tensor:
     """Tokens first..end of one sequence from cache [blocks, block_size, K, D]: [end - first, K, D]."""
     block_size = cache.shape[1]
     start = first // block_size
-    blocks = block_table[start : -(-end // block_size)]
+    blocks = block_table[start : -(-end // block_size)].clamp(min=0)
     rows = cache.index_select(0, blocks).flatten(0, 1)
     return rows[first - start * block_size : end - start * block_size]
 
@@ -225,6 +226,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -
         i = torch.arange(key_len - query_len, key_len, device=q.device)[:, None]
         j = torch.arange(key_len, device=q.device)
         mask = (j <= i) if whole else (j <= i) & (i - j < window)
+    if mask is not None and q.is_cuda:
+        # Fused CUDA attention takes a mask or grouped heads, not both; unfused holds [H, L, S].
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],

@@ -101,7 +101,7 @@ def load_model(
         root.vision = None if spec.vision is None else _vision_tower(spec)
     root.to(dtype)
     if plan.tied:
-        root.decoder.head.weight = root.decoder.embed_weight
+        root.decoder.head.weight = None  # becomes the embedding once that has memory
     weight_bytes = sum(p.numel() * p.element_size() for p in root.parameters())
     device = torch.device(device)
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
@@ -109,7 +109,7 @@ def load_model(
         raise _no_room(weight_bytes, free_bytes)
     try:
         root.to_empty(device=device)
-        if plan.tied:  # to_empty gave each of the two names a tensor of its own
+        if plan.tied:
             root.decoder.head.weight = root.decoder.embed_weight
         if root.vision is not None:
             root.vision.fill_buffers()

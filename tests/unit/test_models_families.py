@@ -307,3 +307,18 @@ def test_llava_loads_under_every_prefix_in_the_wild(prefixes, tmp_path):
     assert_close(plain_logits(model, tokens)[0], expected)
     with torch.inference_mode():
         assert_close(model.vision.encode(pixels), expected_rows, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "variant", ["llama", "mistral-window", "qwen3", "internlm2", "llama-dynamic", "llava"]
+)
+def test_cuda_equals_the_cpu(variant, tmp_path):
+    family, overrides = VARIANTS[variant]
+    folder = make_checkpoint(tmp_path, family, max_position_embeddings=24, **overrides)
+    spec = read_spec(folder)
+    runs = [PagedRun(load_model(folder, spec, name, torch.float32)) for name in ("cpu", "cuda")]
+    for chunks in ({0: PROMPT[:30], 1: PROMPT[:9]}, {0: [5], 2: PROMPT[:17]}, {0: [6], 1: [7]}):
+        cpu, cuda = (run.step(chunks) for run in runs)
+        for s in chunks:
+            assert_close(cuda[s].cpu(), cpu[s], tolerance=1e-3)

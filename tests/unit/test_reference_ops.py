@@ -166,6 +166,13 @@ def test_padding_rows_never_produce_nan():
     assert_close(out[:1], alone)
 
 
+def test_a_lone_padding_row_never_produces_nan():
+    cache, table = random(4, 5, 2, 8), torch.tensor([[-1]], dtype=torch.int32)
+    lens = torch.tensor([0], dtype=torch.int32)
+    out = paged_attention(random(1, 6, 8), cache, cache, table, lens, (1,), 0, 1, 0.4, None)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_attention_is_near_fp32(dtype):
     q, k, v = random(63, 6, 16), random(63, 2, 16, seed=1), random(63, 2, 16, seed=2)
