@@ -76,7 +76,7 @@ class DecoderLayer(nn.Module):
                 group_size=group_size_of(spec, index, "o"),
             ),
             head_size=spec.head_size,
-            window=spec.windows[index],
+            window=spec.windows[index] if spec.windows else None,
             qk_norm_eps=spec.norm_eps if spec.qk_norm else None,
         )
         self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)

@@ -9,106 +9,45 @@ sliding_window, where null is how version 0.2 says "none".
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import ConfigError, ModelError
+from engine.models.json_keys import Keys, read_json
 from engine.models.names import block_linears, group_size_of
 from engine.models.spec import ModelSpec, QuantSpec, RopeSpec, VisionSpec
 
-_MAX_JSON_BYTES = 16 << 20
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 _VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
 _DTYPES = ("float32", "float16", "bfloat16")
 
-# Sizes that a configuration may leave out, as the families' published classes fill them in.
-# num_key_value_heads None: as many as query heads. head_dim None: hidden_size / num_attention_heads.
-_DEFAULTS: dict[str, dict[str, int | float | None]] = {
-    "llama": dict(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=None,
-        head_dim=None,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-        eos_token_id=2,
-    ),
-    "mistral": dict(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=None,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        eos_token_id=2,
-    ),
-    "qwen2": dict(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=22016,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=None,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        eos_token_id=None,
-    ),
-    "qwen3": dict(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=22016,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        eos_token_id=None,
-    ),
-    "internlm2": dict(
-        vocab_size=103168,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=None,
-        head_dim=None,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-6,
-        eos_token_id=2,
-    ),
-    "internlm3": dict(
-        vocab_size=128512,
-        hidden_size=4096,
-        intermediate_size=10240,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=2,
-        head_dim=128,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
-        eos_token_id=2,
-    ),
+# What a configuration may leave out, as the families' published classes fill it in. None: as many
+# KV heads as query heads; head_dim = hidden_size / num_attention_heads; no end token.
+_DEFAULT_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "eos_token_id",
+)  # fmt: skip
+_DEFAULT_ROWS = {
+    "llama": (32000, 4096, 11008, 32, 32, None, None, 2048, 1e-6, 2),
+    "mistral": (32000, 4096, 14336, 32, 32, 8, None, 131072, 1e-6, 2),
+    "qwen2": (151936, 4096, 22016, 32, 32, 32, None, 32768, 1e-6, None),
+    "qwen3": (151936, 4096, 22016, 32, 32, 32, 128, 32768, 1e-6, None),
+    "internlm2": (103168, 4096, 11008, 32, 32, None, None, 2048, 1e-6, 2),
+    "internlm3": (128512, 4096, 10240, 48, 32, 2, 128, 32768, 1e-5, 2),
 }
-_CLIP_DEFAULTS: dict[str, int | float] = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=32,
-    layer_norm_eps=1e-5,
-)
+DEFAULTS = {
+    family: dict(zip(_DEFAULT_KEYS, row, strict=True)) for family, row in _DEFAULT_ROWS.items()
+}
+_CLIP_DEFAULTS: dict[str, int | float] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-5,
+}
 # Keys that change the mathematics of a decoder, with the only values under which they do not.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, 1.0),
@@ -131,7 +70,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 def read_spec(folder: Path) -> ModelSpec:
     """The structure of the checkpoint in folder; raises ModelError where it cannot be honoured."""
     folder = Path(folder)
-    config = _Keys(_read_json(folder / "config.json"), "config.json")
+    config = Keys(read_json(folder / "config.json"), "config.json")
     model_type = config.text("model_type")
     if model_type == "llava":
         spec = _llava(config)
@@ -166,83 +105,9 @@ def with_rope_scaling_factor(spec: ModelSpec, factor: float) -> ModelSpec:
     return dataclasses.replace(spec, rope=rope)
 
 
-class _Keys:
-    """Typed reading of one JSON object. Errors name the file and the key; null counts as absent."""
-
-    def __init__(self, raw: dict, file: str, path: str = "") -> None:
-        self.raw, self.file, self.path = raw, file, path
-
-    def error(self, key: str, expected: str) -> ModelError:
-        return ModelError(
-            f"{self.file}: {self.path}{key} is {self.raw.get(key)!r}; expected {expected}."
-        )
-
-    def has(self, key: str) -> bool:
-        return self.raw.get(key) is not None
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; an error if it is absent without a default."""
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise ModelError(
-                    f"{self.file}: {self.path}{key} is missing; expected a whole number."
-                )
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise self.error(key, "a whole number of at least 1")
-        return value
-
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise ModelError(f"{self.file}: {self.path}{key} is missing; expected a number.")
-            return default
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= above:
-            raise self.error(key, f"a number above {above:g}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise ModelError(f"{self.file}: {self.path}{key} is missing; expected a string.")
-            return default
-        if not isinstance(value, str):
-            raise self.error(key, "a string")
-        return value
-
-    def section(self, key: str) -> _Keys:
-        """A nested object; absent reads as empty."""
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, "an object")
-        return _Keys(value or {}, self.file, f"{self.path}{key}.")
-
-    def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
-        """One token id or a list of them."""
-        value = self.raw.get(key)
-        if value is None:
-            return () if default is None else (default,)
-        ids = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.error(key, "a token id or a list of them")
-        return tuple(ids)
-
-
-def _decoder(config: _Keys, model_type: str, *, needs_sizes: bool) -> ModelSpec:
+def _decoder(config: Keys, model_type: str, *, needs_sizes: bool) -> ModelSpec:
     """A text model; needs_sizes False fills missing sizes with the family's defaults (LLaVA)."""
-    defaults = _DEFAULTS[model_type]
+    defaults = DEFAULTS[model_type]
     for key, neutral in _NEUTRAL.items():
         if config.has(key) and config.raw[key] not in neutral:
             raise ModelError(
@@ -284,25 +149,25 @@ def _decoder(config: _Keys, model_type: str, *, needs_sizes: bool) -> ModelSpec:
     return _FAMILIES[model_type](spec, config)
 
 
-def _llama(spec: ModelSpec, config: _Keys) -> ModelSpec:
+def _llama(spec: ModelSpec, config: Keys) -> ModelSpec:
     bias = config.flag("attention_bias", False)
     return dataclasses.replace(
         spec, names="llama", qkv_bias=bias, o_bias=bias, mlp_bias=config.flag("mlp_bias", False)
     )
 
 
-def _mistral(spec: ModelSpec, config: _Keys) -> ModelSpec:
+def _mistral(spec: ModelSpec, config: Keys) -> ModelSpec:
     window = None
     if config.raw.get("sliding_window", 4096) is not None:
         window = config.size("sliding_window", 4096)
     return dataclasses.replace(spec, names="llama", windows=(window,) * spec.num_layers)
 
 
-def _qwen2(spec: ModelSpec, config: _Keys) -> ModelSpec:
+def _qwen2(spec: ModelSpec, config: Keys) -> ModelSpec:
     return dataclasses.replace(spec, names="llama", qkv_bias=True, windows=_windows(spec, config))
 
 
-def _qwen3(spec: ModelSpec, config: _Keys) -> ModelSpec:
+def _qwen3(spec: ModelSpec, config: Keys) -> ModelSpec:
     bias = config.flag("attention_bias", False)
     return dataclasses.replace(
         spec,
@@ -314,21 +179,21 @@ def _qwen3(spec: ModelSpec, config: _Keys) -> ModelSpec:
     )
 
 
-def _internlm2(spec: ModelSpec, config: _Keys) -> ModelSpec:
+def _internlm2(spec: ModelSpec, config: Keys) -> ModelSpec:
     bias = config.flag("bias", True)
     return dataclasses.replace(
         spec, names="internlm2", qkv_layout="grouped", qkv_bias=bias, o_bias=bias
     )
 
 
-def _internlm3(spec: ModelSpec, config: _Keys) -> ModelSpec:
+def _internlm3(spec: ModelSpec, config: Keys) -> ModelSpec:
     # transformers writes attention_bias and mlp_bias for what the published code calls qkv_bias and bias
     bias = config.flag("bias", config.flag("mlp_bias", False))
     qkv_bias = config.flag("qkv_bias", config.flag("attention_bias", False))
     return dataclasses.replace(spec, names="llama", qkv_bias=qkv_bias, o_bias=bias, mlp_bias=bias)
 
 
-_FAMILIES: dict[str, Callable[[ModelSpec, _Keys], ModelSpec]] = {
+_FAMILIES: dict[str, Callable[[ModelSpec, Keys], ModelSpec]] = {
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
@@ -338,7 +203,7 @@ _FAMILIES: dict[str, Callable[[ModelSpec, _Keys], ModelSpec]] = {
 }
 
 
-def _llava(config: _Keys) -> ModelSpec:
+def _llava(config: Keys) -> ModelSpec:
     """LLaVA 1.5 in the Hugging Face layout: any decoder above, a CLIP tower and a projector."""
     text = config.section("text_config")
     model_type = text.text("model_type", "llama")
@@ -364,7 +229,7 @@ def _llava(config: _Keys) -> ModelSpec:
     )
 
 
-def _vision(config: _Keys) -> VisionSpec:
+def _vision(config: Keys) -> VisionSpec:
     raw = config.section("vision_config")
     kind = raw.text("model_type", "clip_vision_model")
     if kind != "clip_vision_model":
@@ -405,7 +270,7 @@ def _vision(config: _Keys) -> VisionSpec:
     )
 
 
-def _vision_activation(keys: _Keys, key: str, default: str) -> str:
+def _vision_activation(keys: Keys, key: str, default: str) -> str:
     name = keys.text(key, default)
     if name not in _VISION_ACTIVATIONS:
         raise ModelError(
@@ -415,7 +280,7 @@ def _vision_activation(keys: _Keys, key: str, default: str) -> str:
     return name
 
 
-def _feature_layer(config: _Keys, num_layers: int) -> int | tuple[int, ...]:
+def _feature_layer(config: Keys, num_layers: int) -> int | tuple[int, ...]:
     """Indices into the tower's num_layers + 1 hidden states; a list is concatenated."""
     value = config.raw.get("vision_feature_layer")
     value = -2 if value is None else value
@@ -429,7 +294,7 @@ def _feature_layer(config: _Keys, num_layers: int) -> int | tuple[int, ...]:
     return tuple(layers) if isinstance(value, list) else value
 
 
-def _head_size(config: _Keys, hidden_size: int, num_heads: int, default: int | None) -> int:
+def _head_size(config: Keys, hidden_size: int, num_heads: int, default: int | None) -> int:
     if not config.has("head_dim") and default is None and hidden_size % num_heads:
         raise config.error("num_attention_heads", f"a divisor of hidden_size {hidden_size}")
     head_size = config.size("head_dim", default or hidden_size // num_heads)
@@ -440,7 +305,7 @@ def _head_size(config: _Keys, hidden_size: int, num_heads: int, default: int | N
     return head_size
 
 
-def _windows(spec: ModelSpec, config: _Keys) -> tuple[int | None, ...]:
+def _windows(spec: ModelSpec, config: Keys) -> tuple[int | None, ...]:
     """Qwen: layers from max_window_layers on slide, or those that layer_types names."""
     if not config.flag("use_sliding_window", False) or (
         "sliding_window" in config.raw and not config.has("sliding_window")
@@ -464,7 +329,7 @@ def _windows(spec: ModelSpec, config: _Keys) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(config: _Keys, head_size: int, max_position: int) -> RopeSpec:
+def _rope(config: Keys, head_size: int, max_position: int) -> RopeSpec:
     """Old rope_scaling beside rope_theta, or transformers 5's rope_parameters that holds both."""
     key = "rope_scaling" if config.raw.get("rope_scaling") else "rope_parameters"
     scaling = config.section(key)
@@ -501,7 +366,7 @@ def _rope(config: _Keys, head_size: int, max_position: int) -> RopeSpec:
     return _yarn_rope(scaling, base, head_size, original, max_position)
 
 
-def _llama3_rope(scaling: _Keys, base: float, head_size: int, original: int) -> RopeSpec:
+def _llama3_rope(scaling: Keys, base: float, head_size: int, original: int) -> RopeSpec:
     low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
     if high <= low:
         raise scaling.error("high_freq_factor", f"a number above low_freq_factor {low:g}")
@@ -517,7 +382,7 @@ def _llama3_rope(scaling: _Keys, base: float, head_size: int, original: int) -> 
 
 
 def _yarn_rope(
-    scaling: _Keys, base: float, head_size: int, original: int, max_position: int
+    scaling: Keys, base: float, head_size: int, original: int, max_position: int
 ) -> RopeSpec:
     attention = scaling.raw.get("attention_factor")
     return RopeSpec(
@@ -535,12 +400,12 @@ def _yarn_rope(
     )
 
 
-def _optional_scale(scaling: _Keys, key: str) -> float:
+def _optional_scale(scaling: Keys, key: str) -> float:
     """0 and absent mean the same: not given."""
     return scaling.number(key) if scaling.raw.get(key) else 0.0
 
 
-def _dtype(config: _Keys, default: str = "float32") -> str:
+def _dtype(config: Keys, default: str = "float32") -> str:
     key = "dtype" if config.has("dtype") else "torch_dtype"
     name = config.text(key, default).removeprefix("torch.")
     if name not in _DTYPES:
@@ -551,18 +416,18 @@ def _dtype(config: _Keys, default: str = "float32") -> str:
     return name
 
 
-def _quant(folder: Path, config: _Keys) -> QuantSpec | None:
+def _quant(folder: Path, config: Keys) -> QuantSpec | None:
     """quantization_config of config.json (or of its text_config), or AutoAWQ's old quant_config.json."""
     for keys in (config, config.section("text_config")):
         if keys.has("quantization_config"):
             return _awq(keys.section("quantization_config"), "group_size", "bits")
     old = folder / "quant_config.json"
     if old.exists():
-        return _awq(_Keys(_read_json(old), "quant_config.json"), "q_group_size", "w_bit")
+        return _awq(Keys(read_json(old), "quant_config.json"), "q_group_size", "w_bit")
     return None
 
 
-def _awq(quant: _Keys, group_key: str, bits_key: str) -> QuantSpec:
+def _awq(quant: Keys, group_key: str, bits_key: str) -> QuantSpec:
     def refuse(key: str, supported: str) -> ModelError:
         return ModelError(
             f"{quant.file}: {quant.path}{key} {quant.raw.get(key)!r} is not supported "
@@ -598,20 +463,4 @@ def _generation_eos(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     if not path.exists():
         return ()
-    return _Keys(_read_json(path), path.name).token_ids("eos_token_id")
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        raise ModelError(f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint.")
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(f"{path.name} is larger than {_MAX_JSON_BYTES >> 20} MB.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name} is not valid JSON: {error}.") from error
-    except OSError as error:
-        raise ModelError(f"{path.name} cannot be read: {error.strerror}.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path.name} is {type(value).__name__}; expected a JSON object.")
-    return value
+    return Keys(read_json(path), path.name).token_ids("eos_token_id")

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from engine.errors import ConfigError, ModelError
-from engine.models.families import _DEFAULTS, read_spec, with_rope_scaling_factor
+from engine.models.families import DEFAULTS, read_spec, with_rope_scaling_factor
 
 LLAMA = {
     "model_type": "llama",
@@ -52,14 +52,14 @@ def test_absent_keys_take_the_published_defaults(tmp_path):
     assert spec.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("family", sorted(_DEFAULTS))
+@pytest.mark.parametrize("family", sorted(DEFAULTS))
 def test_defaults_equal_transformers(family):
     names = {"internlm2": None, "internlm3": "InternLM3Config", "llama": "LlamaConfig"}
     name = names.get(family, f"{family.capitalize()}Config")
     if name is None or not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     config = getattr(transformers, name)()
-    for key, value in _DEFAULTS[family].items():
+    for key, value in DEFAULTS[family].items():
         if value is None and key in ("num_key_value_heads", "head_dim"):
             heads, hidden = config.num_attention_heads, config.hidden_size
             value = heads if key == "num_key_value_heads" else hidden // heads
