@@ -236,7 +236,7 @@ def make_awq(
 
 
 def tiny_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Path:
-    """A byte-level tokenizer: ids 0..255 are bytes, then <unk>, <s>, </s>, <|im_start|>, <|im_end|>."""
+    """A byte-level tokenizer: 256 bytes, then <unk>, <s>, </s>, <|im_start|>, <|im_end|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
