@@ -102,13 +102,24 @@
     if (changed && adapt) adapt.click();
     label();
   }
+  // When the view stays behind the conversation for some polls, its event was lost: follow anew.
+  let behind = 0, lastShown = null;
+  function keepUp(version) {
+    const shown = find("#shown-version textarea")?.value ?? "";
+    const stuck = version !== null && shown !== "" && Number(shown) !== version && shown === lastShown;
+    behind = stuck ? behind + 1 : 0;
+    lastShown = shown;
+    if (behind >= 2) { behind = 0; find("#refollow")?.click(); }
+  }
   async function poll() {
     let wait = POLL_MS;
     if (document.visibilityState === "visible" && find("#lm-words")) {
       try {
-        const status = await (await fetch("ui/status", { cache: "no-store" })).json();
+        const id = encodeURIComponent(window.lmdeckConversation || "");
+        const status = await (await fetch(`ui/status?conversation=${id}`, { cache: "no-store" })).json();
         if (status.phase === "loading" || status.phase === "busy") wait = POLL_LOADING_MS;
         show(status);
+        keepUp(status.version);
       } catch {
         show({ phase: "failed", words: say("state.unreachable") });
       }

@@ -1,22 +1,25 @@
 """The Chat tab: lays out the conversation, the composer and the settings, then wires them to the service.
 
-Handlers change the conversation and return; `follow` shows what becomes of it. The page holds nothing
-but the conversation's id, in a hidden field, kept over a reload by the browser's sessionStorage (no
-gr.State: it holds a stream per tab open, and a browser's sixth tab would hang).
+Actions change the conversation and return its view at once, without Gradio's queue; `follow` then shows
+it as it grows. Gradio loses an event now and then (one that joins while the page's stream is closing),
+so the page's script compares versions and clicks `refollow` when its view has fallen behind. The page
+holds nothing but the conversation's id, kept over a reload by the browser's sessionStorage (no gr.State:
+it holds a stream per tab open, and a browser's sixth tab would hang).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from engine import EngineError
-from ui.chat_view import View, render, unmark_tags
+from engine import EngineError, RequestError
+from ui.chat_view import render, unmark_tags
+from ui.conversation import Conversation
 from ui.service import StudioService
 from ui.settings import Settings, build_settings
 from ui.text import text
@@ -29,8 +32,17 @@ LATEX = [
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
+# A message sent while the page is still attaching waits for the conversation that it belongs to.
+WITH_ID = """async (id, ...rest) => {
+    while (!window.lmdeckConversation) await new Promise((done) => setTimeout(done, 30));
+    return [window.lmdeckConversation, ...rest];
+}"""
 RECALL_ID = "() => sessionStorage.getItem('lmdeck-conversation') || ''"
-REMEMBER_ID = "(id) => { sessionStorage.setItem('lmdeck-conversation', id); return id; }"
+REMEMBER_ID = """(id) => {
+    sessionStorage.setItem('lmdeck-conversation', id);
+    window.lmdeckConversation = id;
+    return id;
+}"""
 
 
 def build(service: StudioService, page: gr.Blocks) -> None:
@@ -51,7 +63,7 @@ def build(service: StudioService, page: gr.Blocks) -> None:
                 buttons=["copy"],
                 feedback_options=None,
                 latex_delimiters=LATEX,
-                placeholder=_empty_state(False),
+                placeholder=_empty_state(images=False),
                 layout="bubble",
             )
             composer = gr.MultimodalTextbox(
@@ -68,152 +80,181 @@ def build(service: StudioService, page: gr.Blocks) -> None:
                 autofocus=True,
             )
         settings = build_settings()
+    hidden = {"visible": "hidden", "show_label": False, "container": False}
+    conversation_id = gr.Textbox(elem_id="conversation-id", **hidden)
+    shown = gr.Textbox(elem_id="shown-version", **hidden)
     model_changed = gr.Button("", elem_id="model-changed", visible="hidden")
-    conversation_id = gr.Textbox(elem_id="conversation-id", visible="hidden")
-    _wire(service, page, log, composer, settings, new_chat, model_changed, conversation_id)
+    refollow = gr.Button("", elem_id="refollow", visible="hidden")
 
-
-def _wire(
-    service: StudioService,
-    page: gr.Blocks,
-    log: gr.Chatbot,
-    composer: gr.MultimodalTextbox,
-    settings: Settings,
-    new_chat: gr.Button,
-    model_changed: gr.Button,
-    conversation_id: gr.Textbox,
-) -> None:
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def attach(known_id: str) -> tuple[str, Any]:
-        conversation = service.open(known_id)
-        return conversation.id, _chatbot(service, render(conversation))
-
-    def adapt() -> tuple[Any, Any, Any]:
-        """What depends on the model: examples, the hint, the longest answer."""
-        key = "chat.placeholder_images" if service.supports_images() else "chat.placeholder"
-        return (
-            gr.update(**_model_dependent(service)),
-            gr.update(placeholder=text(key)),
-            settings.fit(service.engine()),
-        )
-
-    async def follow(conversation: str) -> AsyncIterator[tuple[Any, Any]]:
-        """Show the conversation as it grows, about 20 times a second, until it rests."""
-        try:
-            followed = service.find(conversation)
-        except EngineError:
-            return
-        shown = -1
-        busy_s = 0.0
-        while True:
-            followed.seen()
-            if followed.version != shown:
-                view = render(followed)
-                shown = view.version
-                began = time.monotonic()
-                yield view.messages, _composer_mode(view.answering)
-                busy_s = time.monotonic() - began
-                if not view.answering:
-                    return
-            # Long chats cost more to send; leave the server at least half of its time.
-            await asyncio.sleep(max(UPDATE_PERIOD_S, busy_s))
-
-    def send(conversation: str, said: dict[str, Any], *values: Any) -> tuple[Any, Any]:
-        files = [str(file) for file in said.get("files", [])]
-        try:
-            sent = service.send(conversation, said.get("text", ""), files, settings.read(values))
-        except EngineError as error:
-            return _refused(service, conversation, error), gr.skip()
-        return render(sent).messages, gr.MultimodalTextbox(value=None)
-
-    def use_example(conversation: str, picked: gr.SelectData, *values: Any) -> Any:
-        example = _examples(service.supports_images())[picked.index]
-        try:
-            sent = service.send(
-                conversation, example["text"], example.get("files", []), settings.read(values)
-            )
-        except EngineError as error:
-            return _refused(service, conversation, error)
-        return render(sent).messages
-
-    def regenerate(conversation: str, data: gr.RetryData, *values: Any) -> Any:
-        return _change(service.regenerate, conversation, data.index, settings.read(values))
-
-    def edit(conversation: str, data: gr.EditData, *values: Any) -> Any:
-        return _change(service.edit, conversation, data.index, unmark_tags(data.value), settings.read(values))
-
-    def _change(action: Any, conversation: str, index: Any, *arguments: Any) -> Any:
-        try:
-            view = render(service.find(conversation))
-            turn = view.turn_of[index[0] if isinstance(index, list | tuple) else index]
-            return render(action(conversation, turn, *arguments)).messages
-        except EngineError as error:
-            return _refused(service, conversation, error)
-
-    def undo(conversation: str) -> tuple[Any, Any]:
-        try:
-            undone, turn = service.undo(conversation)
-        except EngineError as error:
-            return _refused(service, conversation, error), gr.skip()
-        value = {"text": turn.text, "files": list(turn.files)} if turn else None
-        return render(undone).messages, gr.MultimodalTextbox(value=value)
-
-    def stop(conversation: str) -> Any:
-        try:
-            return render(service.stop(conversation)).messages
-        except EngineError as error:
-            return _refused(service, conversation, error)
-
-    def clear(conversation: str) -> tuple[Any, Any]:
-        return service.clear(conversation).id, []
-
-    follow_it = {
-        "fn": follow,
+    act = _Actions(service, settings)
+    view = [log, composer, shown]
+    adapted = [log, composer, settings.max_new_tokens]
+    inputs = [conversation_id, *settings.components]
+    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    follow = {
+        "fn": act.follow,
         "inputs": conversation_id,
-        "outputs": [log, composer],
+        "outputs": view,
         "trigger_mode": "multiple",
         "concurrency_limit": None,
-        **quiet,
+        "show_progress": "hidden",
+        "api_visibility": "private",
     }
-    inputs = [conversation_id, *settings.components]
-    page.load(attach, conversation_id, [conversation_id, log], js=RECALL_ID, **quiet).then(
-        None, conversation_id, conversation_id, js=REMEMBER_ID, **quiet
-    ).then(**follow_it)
-    model_changed.click(adapt, None, [log, composer, settings.max_new_tokens], **quiet)
-    composer.submit(
-        send, [conversation_id, composer, *settings.components], [log, composer], **quiet
-    ).then(**follow_it)
-    composer.stop(stop, conversation_id, log, **quiet)
-    log.example_select(use_example, inputs, log, **quiet).then(**follow_it)
-    log.retry(regenerate, inputs, log, **quiet).then(**follow_it)
-    log.edit(edit, inputs, log, **quiet).then(**follow_it)
-    log.undo(undo, conversation_id, [log, composer], **quiet)
-    new_chat.click(clear, conversation_id, [conversation_id, log], **quiet).then(
-        None, conversation_id, conversation_id, js=REMEMBER_ID, **quiet
+    remember = {
+        "fn": None,
+        "inputs": conversation_id,
+        "outputs": conversation_id,
+        "js": REMEMBER_ID,
+    }
+
+    page.load(act.attach, conversation_id, [conversation_id, *adapted], js=RECALL_ID, **quick).then(
+        **remember, **quick
+    ).then(**follow)
+    model_changed.click(act.adapt, None, adapted, **quick)
+    refollow.click(**follow)
+    said = [conversation_id, composer, *settings.components]
+    composer.submit(act.send, said, view, js=WITH_ID, **quick).then(**follow)
+    composer.stop(act.stop, conversation_id, view, **quick)
+    log.example_select(act.use_example, inputs, view, js=WITH_ID, **quick).then(**follow)
+    log.retry(act.regenerate, inputs, view, **quick).then(**follow)
+    log.edit(act.edit, inputs, view, **quick).then(**follow)
+    log.undo(act.undo, conversation_id, view, **quick)
+    new_chat.click(act.clear, conversation_id, [conversation_id, *view], **quick).then(
+        **remember, **quick
     )
 
 
-def _chatbot(service: StudioService, view: View) -> Any:
-    return gr.update(value=view.messages, **_model_dependent(service))
+class _Actions:
+    """What a page may do. Each returns the new view: messages, the composer, the version shown."""
+
+    def __init__(self, service: StudioService, settings: Settings) -> None:
+        self._service = service
+        self._settings = settings
+
+    def attach(self, known_id: str) -> tuple[Any, ...]:
+        conversation = self._service.open(known_id)
+        log, *others = self.adapt()
+        return conversation.id, {**log, "value": render(conversation).messages}, *others
+
+    def adapt(self) -> tuple[Any, Any, Any]:
+        """What depends on the model: examples, the hint, the longest answer."""
+        images = self._service.supports_images()
+        hint = text("chat.placeholder_images" if images else "chat.placeholder")
+        return (
+            gr.update(examples=_examples(images), placeholder=_empty_state(images)),
+            gr.update(placeholder=hint),
+            self._settings.fit(self._service.engine()),
+        )
+
+    async def follow(self, conversation_id: str) -> AsyncIterator[tuple[Any, Any, Any]]:
+        """Show the conversation as it grows, about 20 times a second, until it rests."""
+        try:
+            conversation = self._service.find(conversation_id)
+        except EngineError:
+            return
+        version, answering, busy_s = -1, None, 0.0
+        while True:
+            conversation.seen()
+            if conversation.version != version:
+                view = render(conversation)
+                mode = gr.skip() if view.answering == answering else _mode(view.answering)
+                version, answering = view.version, view.answering
+                began = time.monotonic()
+                yield view.messages, mode, str(version)
+                busy_s = time.monotonic() - began
+                if not answering:
+                    return
+            # A long chat costs more to send; leave the server at least half of its time.
+            await asyncio.sleep(max(UPDATE_PERIOD_S, busy_s))
+
+    def send(self, conversation_id: str, said: dict[str, Any], *values: Any) -> tuple[Any, ...]:
+        words, files = said.get("text") or "", [str(file) for file in said.get("files") or []]
+        settings = self._settings.read(values)
+        return self._do(
+            conversation_id,
+            lambda: self._service.send(conversation_id, words, files, settings),
+            composer={"value": None},
+        )
+
+    def use_example(
+        self, conversation_id: str, picked: gr.SelectData, *values: Any
+    ) -> tuple[Any, ...]:
+        example = _examples(self._service.supports_images())[picked.index]
+        settings = self._settings.read(values)
+        return self._do(
+            conversation_id,
+            lambda: self._service.send(
+                conversation_id, example["text"], example.get("files", []), settings
+            ),
+        )
+
+    def regenerate(
+        self, conversation_id: str, picked: gr.RetryData, *values: Any
+    ) -> tuple[Any, ...]:
+        settings = self._settings.read(values)
+        return self._do(
+            conversation_id,
+            lambda: self._service.regenerate(
+                conversation_id, self._turn(conversation_id, picked.index), settings
+            ),
+        )
+
+    def edit(self, conversation_id: str, edited: gr.EditData, *values: Any) -> tuple[Any, ...]:
+        settings = self._settings.read(values)
+        words = unmark_tags(edited.value)
+        return self._do(
+            conversation_id,
+            lambda: self._service.edit(
+                conversation_id, self._turn(conversation_id, edited.index), words, settings
+            ),
+        )
+
+    def undo(self, conversation_id: str) -> tuple[Any, ...]:
+        taken: dict[str, Any] = {}
+
+        def act() -> Conversation:
+            conversation, turn = self._service.undo(conversation_id)
+            if turn is not None:
+                taken["value"] = {"text": turn.text, "files": list(turn.files)}
+            return conversation
+
+        return self._do(conversation_id, act, composer=taken)
+
+    def stop(self, conversation_id: str) -> tuple[Any, ...]:
+        return self._do(conversation_id, lambda: self._service.stop(conversation_id))
+
+    def clear(self, conversation_id: str) -> tuple[Any, ...]:
+        conversation = self._service.clear(conversation_id)
+        return conversation.id, *self._do(conversation.id, lambda: conversation)
+
+    def _do(
+        self,
+        conversation_id: str,
+        action: Callable[[], Conversation],
+        composer: dict[str, Any] | None = None,
+    ) -> tuple[Any, ...]:
+        """Act and show; a refusal is said in the chat, and the composer keeps what it holds."""
+        try:
+            conversation = action()
+        except EngineError as error:
+            conversation, composer = self._service.notify(conversation_id, str(error)), None
+            if conversation is None:
+                raise gr.Error(str(error), print_exception=False) from error
+        view = render(conversation)
+        return view.messages, _mode(view.answering, **(composer or {})), str(view.version)
+
+    def _turn(self, conversation_id: str, message: int | list[int]) -> int:
+        """The turn that a message of the view belongs to."""
+        index = message[0] if isinstance(message, list) else message
+        turn_of = render(self._service.find(conversation_id)).turn_of
+        if not 0 <= index < len(turn_of):
+            raise RequestError(text("error.unknown_message"))
+        return turn_of[index]
 
 
-def _model_dependent(service: StudioService) -> dict[str, Any]:
-    images = service.supports_images()
-    return {"examples": _examples(images), "placeholder": _empty_state(images)}
-
-
-def _composer_mode(answering: bool) -> Any:
-    return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering)
-
-
-def _refused(service: StudioService, conversation_id: str, error: EngineError) -> Any:
-    """Say why in the chat; a page whose conversation is gone keeps what it shows and gets a toast."""
-    conversation = service.notify(conversation_id, str(error))
-    if conversation is None:
-        gr.Warning(str(error))
-        return gr.skip()
-    return render(conversation).messages
+def _mode(answering: bool, **values: Any) -> Any:
+    """The composer offers Stop while an answer is being written, else Send."""
+    return gr.update(submit_btn=not answering, stop_btn=answering, **values)
 
 
 def _empty_state(images: bool) -> str:

@@ -112,8 +112,9 @@ def _message(role: str, words: str) -> dict[str, Any]:
 
 def _aside(words: str, kind: str) -> dict[str, Any]:
     """A line that is not the model's: the class is for the style sheet, the words are literal."""
+    classes = f"lm-{kind} lm-boxed" if kind in ("error", "notice") else f"lm-{kind}"
     literal = html.escape(words).translate(MARKDOWN_SIGNS)
-    return _message("assistant", f'<span class="lm-{kind}">{literal}</span>')
+    return _message("assistant", f'<span class="lm-aside {classes}">{literal}</span>')
 
 
 def _seconds(value: float) -> str:

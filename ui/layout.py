@@ -9,6 +9,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from ui import chat, status
+from ui.policy import PagePolicy
 from ui.service import StudioService
 from ui.text import text
 from ui.theme import studio_theme
@@ -36,6 +37,7 @@ def build_page(service: StudioService) -> gr.Blocks:
 def mount(app: FastAPI, service: StudioService) -> FastAPI:
     """Put the page at / of `app`. Routes that must win over it are added to `app` before."""
     app.include_router(status.create_router(service))
+    app.add_middleware(PagePolicy)
     page = build_page(service)
     return gr.mount_gradio_app(
         app,
@@ -56,10 +58,11 @@ def _script() -> str:
     """The page's script with its texts; both are ours and fixed, so nothing here needs escaping."""
     names = ("chat.attach", "chat.send", "chat.stop", "chat.composer", "state.unreachable")
     names += ("button.settings", "button.theme", "chip.text_only")
-    texts = json.dumps({name: text_raw(name) for name in names})
+    texts = json.dumps({name: _raw(name) for name in names})
     code = (ASSETS / "page.js").read_text(encoding="utf-8")
     return f"<script>const LMDECK_TEXT = {texts};\n{code}</script>"
 
 
-def text_raw(key: str) -> str:
+def _raw(key: str) -> str:
+    """The text with its {name} left for the page's script to fill in."""
     return text(key, name="{name}")

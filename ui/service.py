@@ -16,18 +16,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from engine import (
     ChatMessage,
-    Engine,
     EngineConfig,
     EngineError,
     Event,
     Finished,
     ImagePart,
-    ModelHost,
     Request,
     RequestError,
     SamplingParams,
@@ -36,6 +34,9 @@ from engine import (
 )
 from ui.conversation import Answer, Conversation, ConversationStore, Phase, Turn
 from ui.text import text
+
+if TYPE_CHECKING:  # these two bring torch, which a page that is only opening does not need
+    from engine import Engine, ModelHost
 
 UNATTENDED_GRACE_S = 30.0
 JANITOR_PERIOD_S = 5.0
@@ -101,11 +102,14 @@ class StudioService:
         engine = self.engine()
         return engine is not None and engine.supports_images
 
-    def status(self) -> dict[str, Any]:
-        """The header's facts as JSON: state, and once a model is loaded its name, dtype, device, load."""
+    def status(self, conversation_id: str | None = None) -> dict[str, Any]:
+        """For the header as JSON: state, the model once there is one, and the conversation's version."""
+        conversation = self._store.find(conversation_id)
+        version = None if conversation is None else conversation.version
         engine = self.engine()
         if engine is None:
-            return {"phase": self._state.phase, "words": self._state.detail or text("state.empty")}
+            words = self._state.detail or text("state.empty")
+            return {"phase": self._state.phase, "words": words, "version": version}
         stats = engine.stats()
         if self._state.phase == "loading":
             words = self._state.detail
@@ -122,6 +126,7 @@ class StudioService:
             "facts": [engine.dtype, engine.device, text("chip.context", tokens=engine.max_context)],
             "images": engine.supports_images,
             "running": stats.running,
+            "version": version,
         }
 
     # Conversations.
@@ -149,15 +154,17 @@ class StudioService:
             load_image(file)
         with conversation.lock:
             self._refuse_while_answering(conversation)
-            conversation.notice = ""
-            conversation.turns.append(Turn(said, tuple(files)))
-            self._answer_last(conversation, settings)
+            turn = Turn(said, tuple(files))
+            self._answer(conversation, [*conversation.turns, turn], settings)
         return conversation
 
     def stop(self, conversation_id: str) -> Conversation:
         """Give up the answer being written; what is there stays, marked as stopped."""
         conversation = self.find(conversation_id)
-        self._give_up(conversation)
+        with conversation.lock:
+            self._give_up(conversation)
+            conversation.notice = ""
+            conversation.changed()
         return conversation
 
     def regenerate(self, conversation_id: str, turn: int, settings: dict[str, Any]) -> Conversation:
@@ -165,9 +172,7 @@ class StudioService:
         conversation = self.find(conversation_id)
         with conversation.lock:
             self._refuse_while_answering(conversation)
-            del conversation.turns[turn + 1 :]
-            conversation.notice = ""
-            self._answer_last(conversation, settings)
+            self._answer(conversation, conversation.turns[: turn + 1], settings)
         return conversation
 
     def edit(
@@ -180,9 +185,8 @@ class StudioService:
             kept = conversation.turns[turn]
             if not said.strip() and not kept.files:
                 raise RequestError(text("error.empty_message"))
-            conversation.turns[turn:] = [Turn(said, kept.files)]
-            conversation.notice = ""
-            self._answer_last(conversation, settings)
+            turns = [*conversation.turns[:turn], Turn(said, kept.files)]
+            self._answer(conversation, turns, settings)
         return conversation
 
     def undo(self, conversation_id: str) -> tuple[Conversation, Turn | None]:
@@ -228,11 +232,14 @@ class StudioService:
         if conversation.answering is not None:
             raise RequestError(text("error.still_answering"))
 
-    def _answer_last(self, conversation: Conversation, settings: dict[str, Any]) -> None:
-        """Start a task on the last turn; the caller holds the conversation's lock."""
-        params = _sampling_params(settings)
+    def _answer(
+        self, conversation: Conversation, turns: list[Turn], settings: dict[str, Any]
+    ) -> None:
+        """Make these the conversation's turns and answer the last; the caller holds its lock."""
+        params = _sampling_params(settings)  # first: a refusal must change nothing
         answer = Answer(settings)
-        conversation.turns[-1].answer = answer
+        conversation.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
+        conversation.notice = ""
         conversation.changed()
         work = self._work(conversation, answer, params)
         task = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from engine import Engine
 from ui.text import text
+
+if TYPE_CHECKING:
+    from engine import Engine
 
 DEFAULT_LONGEST = 512
 LONGEST_BEFORE_LOAD = 4096

@@ -20,8 +20,8 @@ def create_router(service: StudioService) -> APIRouter:
     router = APIRouter()
 
     @router.get(STATUS_PATH, include_in_schema=False)
-    def status() -> dict[str, Any]:
-        return service.status()
+    def status(conversation: str | None = None) -> dict[str, Any]:
+        return service.status(conversation)
 
     return router
 
