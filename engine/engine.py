@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from engine.blocks import BlockManager
 from engine.chat import ChatTemplate
 from engine.config import EngineConfig
 from engine.errors import CapacityError, ConfigError, EngineError, ModelError, RequestError
-from engine.models.families import read_spec
+from engine.models.families import read_spec, with_rope_scaling_factor
 from engine.models.spec import ModelSpec
 from engine.models.weights import Model, check_weights, load_model
 from engine.prompt import PromptBuilder
@@ -63,11 +63,11 @@ class Engine:
         model: Model,
         config: EngineConfig,
         device: torch.device,
+        session_len: int,
         tokenizer: Tokenizer,
         prompts: PromptBuilder,
     ) -> None:
         spec = model.spec
-        session_len = config.session_len or spec.max_position
         self.name = config.model_name or Path(config.model).resolve().name
         self.config = config
         self.spec = spec
@@ -111,7 +111,8 @@ class Engine:
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder. Give the folder that holds config.json.")
         device = _resolve_device(config.device)
-        spec = _with_rope_factor(read_spec(folder), config)
+        spec = with_rope_scaling_factor(read_spec(folder), config.rope_scaling_factor)
+        session_len = _resolve_session_len(spec, config)
         _check_format(spec, config)
         dtype = _resolve_dtype(config.dtype, spec, device)
         check_weights(folder, spec)
@@ -120,7 +121,7 @@ class Engine:
         prompts = PromptBuilder(folder, spec, tokenizer, template)
         try:
             model = load_model(folder, spec, device, dtype, on_progress)
-            return cls(model, config, device, tokenizer, prompts)
+            return cls(model, config, device, session_len, tokenizer, prompts)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory("loading the model", error) from error
 
@@ -250,6 +251,7 @@ class Engine:
             images=prompt.images,
             decoder=decoder,
             sink=sink,
+            num_shareable=_shareable_tokens(self.spec, length),
         )
 
     def _reserve(self) -> None:
@@ -450,23 +452,25 @@ def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dt
     return getattr(torch, name)
 
 
-def _with_rope_factor(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
-    """Apply rope_scaling_factor (dynamic NTK, as in LMDeploy) and check session_len against it."""
-    if config.rope_scaling_factor > 1:
-        rope = replace(
-            spec.rope,
-            kind="dynamic",
-            factor=config.rope_scaling_factor,
-            original_max_position=spec.max_position,
-        )
-        longer = int(spec.max_position * config.rope_scaling_factor)
-        spec = replace(spec, rope=rope, max_position=longer)
-    if config.session_len is not None and config.session_len > spec.max_position:
+def _shareable_tokens(spec: ModelSpec, prompt_len: int) -> int | None:
+    """Dynamic NTK turns keys by the length of their own prompt once that exceeds the limit."""
+    if spec.rope.kind != "dynamic":
+        return None
+    limit = spec.rope.original_max_position
+    return limit if prompt_len <= limit else 0
+
+
+def _resolve_session_len(spec: ModelSpec, config: EngineConfig) -> int:
+    """session_len as asked, or the model's own; only dynamic NTK goes beyond the latter."""
+    asked = config.session_len
+    if asked is None:
+        return int(spec.max_position * max(config.rope_scaling_factor, 1))
+    if asked > spec.max_position and spec.rope.kind != "dynamic":
         raise ConfigError(
-            f"session_len is {config.session_len:,}; this model has {spec.max_position:,} positions. "
+            f"session_len is {asked:,}; this model has {spec.max_position:,} positions. "
             "Lower session_len, or set rope_scaling_factor (dynamic NTK) to stretch them."
         )
-    return spec
+    return asked
 
 
 def _check_format(spec: ModelSpec, config: EngineConfig) -> None:

@@ -34,6 +34,7 @@ class Runner:
         self.model = model
         self.device = device
         self.block_size = config.cache_block_seq_len
+        self._has_dynamic_rope = model.spec.rope.kind == "dynamic"
         self.bytes_per_block = kv_bytes_per_block(model.spec, self.block_size, model.dtype)
         self.num_blocks = self._count_blocks(config, session_len)
         self._kv = allocate_kv(model.spec, self.num_blocks, self.block_size, model.dtype, device)
@@ -59,7 +60,7 @@ class Runner:
 
     def _inputs(self, work: Rows[Work]) -> BatchInputs:
         size = self.block_size
-        ids, positions, slots, contexts, starts = [], [], [], [], [0]
+        ids, positions, slots, contexts, starts, rope_lens = [], [], [], [], [0], []
         for item in work:
             table = item.sequence.block_table
             begin = item.sequence.num_computed
@@ -67,6 +68,8 @@ class Runner:
             ids += item.sequence.tokens[begin:end]
             positions += range(begin, end)
             slots += [table[p // size] * size + p % size for p in range(begin, end)]
+            if self._has_dynamic_rope:
+                rope_lens += [max(p + 1, item.sequence.num_prompt) for p in range(begin, end)]
             contexts.append(end)
             starts.append(len(ids))
         width = -(-max(contexts) // size)
@@ -81,6 +84,7 @@ class Runner:
             query_lens=tuple(item.count for item in work),
             max_context_len=max(contexts),
             num_decodes=sum(item.count == 1 for item in work),
+            rope_lens=self._tensor(rope_lens) if self._has_dynamic_rope else None,
         )
 
     def _place_images(self, hidden: Tensor, work: Rows[Work]) -> None:

@@ -147,7 +147,7 @@ class Scheduler:
     def _share(self, sequence: Sequence) -> int:
         """Take over cached blocks; the last token is always computed, for its logits."""
         if self.share_prefixes:
-            full = (sequence.num_tokens - 1) // self.block_size
+            full = self._shareable(sequence, sequence.num_tokens - 1)
             hashes = sequence.block_hashes(self.block_size, full)
             sequence.block_table = self.blocks.share(hashes)
         sequence.num_published = len(sequence.block_table)
@@ -155,11 +155,16 @@ class Scheduler:
         return sequence.num_computed
 
     def _publish(self, sequence: Sequence) -> None:
-        full = sequence.num_computed // self.block_size
+        full = self._shareable(sequence, sequence.num_computed)
         hashes = sequence.block_hashes(self.block_size, full)
         for index in range(sequence.num_published, full):
             self.blocks.publish(sequence.block_table[index], hashes[index])
         sequence.num_published = full
+
+    def _shareable(self, sequence: Sequence, num_tokens: int) -> int:
+        """Full blocks among the first num_tokens whose content other sequences can use."""
+        limit = sequence.num_shareable
+        return (num_tokens if limit is None else min(num_tokens, limit)) // self.block_size
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -32,6 +32,7 @@ class Sequence:
         images: tuple[ImageSpan, ...] = (),
         decoder: StreamDecoder | None = None,
         sink: Callable[[object], None] = lambda event: None,
+        num_shareable: int | None = None,
     ) -> None:
         self.id = next(_ids)
         self.tokens = list(prompt_ids)
@@ -41,6 +42,7 @@ class Sequence:
         self.max_tokens = max_tokens  # prompt and answer together
         self.decoder = decoder
         self.sink = sink
+        self.num_shareable = num_shareable  # first tokens whose KV fits others too; None: all
         self.rng = random.Random(params.seed)
         self.block_table: list[int] = []
         self.num_computed = 0

@@ -190,3 +190,4 @@ class BatchInputs:
     query_lens: tuple[int, ...]  # [B], host copy of the differences of cu_seqlens
     max_context_len: int
     num_decodes: int = 0
+    rope_lens: Tensor | None = None  # [T] int64, for dynamic NTK only: see layers/rotary.py

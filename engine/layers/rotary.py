@@ -1,11 +1,10 @@
 """Rotary position embedding: the scalings of transformers 5, and dynamic NTK in a batch.
 
 Dynamic NTK (also LMDeploy's rope_scaling_factor) makes the base grow with the sequence. transformers
-takes the longest position of the whole batch in a step; here each sequence has its own base, from
-context_lens[b], its length after this step, so neighbours never change an answer. Keys in the cache
-keep the rotation of the step that wrote them, as they do in transformers; a prompt read in several
-chunks beyond max_position is rotated chunk by chunk, as transformers would if fed the same chunks.
-Up to max_position nothing depends on this.
+takes the longest position of a step; here each row has its own: rope_lens[t] is the longer of its
+prompt and its position + 1. That is what transformers computes for one sequence that reads its prompt
+in one step, whatever chunks, neighbours or preemptions there are. Without rope_lens (whole sequences,
+no engine) it is the length of the row's sequence. Up to max_position nothing depends on this.
 """
 
 from __future__ import annotations
@@ -61,16 +60,19 @@ class Rotary:
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def _dynamic(self, inputs: BatchInputs) -> Tensor:
-        """Each row's frequencies [T, dim / 2], from the length of its sequence."""
+        """Each row's frequencies [T, dim / 2]."""
         rope, limit = self.rope, self.rope.original_max_position
-        if inputs.max_context_len <= limit:
-            return self._inv_freq
-        lens = inputs.context_lens.clamp(min=limit).float()
+        lens = inputs.rope_lens
+        if lens is None:
+            if inputs.max_context_len <= limit:
+                return self._inv_freq
+            counts = inputs.cu_seqlens.diff().long()
+            rows = inputs.positions.shape[0]
+            lens = inputs.context_lens.repeat_interleave(counts, output_size=rows)
+        lens = lens.clamp(min=limit).float()
         growth = rope.factor * lens / limit - (rope.factor - 1)
-        base = rope.base * growth ** (rope.dim / (rope.dim - 2))  # [B]
-        table = 1.0 / (base[:, None] ** _exponents(rope.dim, lens.device))  # [B, dim / 2]
-        counts = inputs.cu_seqlens.diff().long()
-        return table.repeat_interleave(counts, 0, output_size=inputs.positions.shape[0])
+        base = rope.base * growth ** (rope.dim / (rope.dim - 2))  # [T]
+        return 1.0 / (base[:, None] ** _exponents(rope.dim, lens.device))
 
 
 def inverse_frequencies(rope: RopeLike) -> Tensor:

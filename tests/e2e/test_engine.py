@@ -95,12 +95,9 @@ def assert_idle(engine):
 def test_greedy_tokens_are_those_of_transformers(engine, checkpoint):
     ids = prompt(0, 37)
     model = reference_model(checkpoint)
-    expected = model.generate(
-        torch.tensor([ids]), do_sample=False, max_new_tokens=64, min_new_tokens=64
-    )
-    params = SamplingParams(
-        temperature=0, max_new_tokens=64, min_new_tokens=64, stop_token_ids=(258,)
-    )
+    model.generation_config.eos_token_id = None
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64)
+    params = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True)
     assert generate(engine, ids, params) == expected[0, len(ids) :].tolist()
 
 
@@ -448,6 +445,31 @@ def test_settings_that_cannot_be_honoured_are_named(checkpoint, options, words):
 def test_asking_for_a_gpu_that_is_not_there_says_what_to_do(checkpoint):
     with pytest.raises(ConfigError, match="torch sees 0 CUDA devices"):
         load(checkpoint, device="cuda")
+
+
+def test_dynamic_ntk_past_its_limit_answers_as_transformers_under_any_schedule(tmp_path):
+    folder = tiny_tokenizer(make_checkpoint(tmp_path / "plain", max_position_embeddings=48))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    twin = make_checkpoint(tmp_path / "twin", max_position_embeddings=48, rope_parameters=rope)
+    start = prompt(1, 40)
+    prompts = [start + prompt(n, 3 + 9 * n) for n in range(4)]
+    expected = []
+    for ids in prompts:
+        model = reference_model(twin)  # anew: it keeps the longest length that it has seen
+        model.generation_config.eos_token_id = None
+        tokens = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)
+        expected.append(tokens[0, len(ids) :].tolist())
+    engine = load(
+        folder,
+        rope_scaling_factor=2.0,
+        session_len=96,
+        cache_tokens=200,
+        max_prefill_token_num=11,
+    )
+    assert generate_together(engine, prompts) == expected
+    assert generate_together(engine, prompts) == expected
+    assert engine.stats().preemptions > 0
+    engine.close()
 
 
 def test_rope_scaling_factor_stretches_the_context(checkpoint):
