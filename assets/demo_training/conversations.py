@@ -15,13 +15,12 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tokenizers import Tokenizer
-
 import questions
 import scenes
 import smalltalk
 import stories
+from PIL import Image
+from tokenizers import Tokenizer
 
 IMAGE_SIZE = 144
 IMAGE_TOKENS = 144
@@ -90,11 +89,15 @@ def image_conversation(seed: int, num_images: int) -> tuple[Conversation, list[s
     if rng.random() < 0.05:
         turns.insert(0, Turn(*smalltalk.chat_turn(rng, lang)))
     for scene in shown:
-        turns += _talk(scene, rng, lang, 3 if num_images == 2 else 12, bool(turns and turns[-1].images == 1))
+        turns += _talk(
+            scene, rng, lang, 3 if num_images == 2 else 12, bool(turns and turns[-1].images == 1)
+        )
     return Conversation(system, turns), shown
 
 
-def _talk(scene: scenes.Scene, rng: random.Random, lang: str, count: int, shown: bool) -> list[Turn]:
+def _talk(
+    scene: scenes.Scene, rng: random.Random, lang: str, count: int, shown: bool
+) -> list[Turn]:
     """Different questions about one scene; a description comes first, later or not at all."""
     asked: list[tuple[str, str]] = []
     luck = rng.random()
@@ -112,7 +115,7 @@ def _talk(scene: scenes.Scene, rng: random.Random, lang: str, count: int, shown:
     if 0.3 <= luck < 0.65:
         asked.insert(rng.randint(1, min(4, len(asked))), questions.describe(scene, rng, lang))
     turns = [Turn(*pair) for pair in asked]
-    if not shown or count == 3 and turns:
+    if not shown or (count == 3 and turns):
         turns[0] = Turn(_with_image(rng, asked[0][0]), asked[0][1], 1)
     return turns
 
@@ -164,10 +167,21 @@ def plain_texts() -> tuple[str, ...]:
             continue
         try:
             module = import_module(info.name)
-        except (Exception, SystemExit):  # noqa: BLE001 - a module for another system says so in its own way
+        except (Exception, SystemExit):  # noqa: BLE001, S112 - modules for other systems fail in their own ways
             continue
-        members = [module, *(m for _, m in inspect.getmembers(module) if inspect.isclass(m) or inspect.isroutine(m))]
-        texts += [inspect.cleandoc(m.__doc__) for m in members if isinstance(getattr(m, "__doc__", None), str)]
+        members = [
+            module,
+            *(
+                m
+                for _, m in inspect.getmembers(module)
+                if inspect.isclass(m) or inspect.isroutine(m)
+            ),
+        ]
+        texts += [
+            inspect.cleandoc(m.__doc__)
+            for m in members
+            if isinstance(getattr(m, "__doc__", None), str)
+        ]
     sys.stdout.flush()
     return tuple(sorted({t for t in texts if len(t) > 120}))
 
@@ -201,7 +215,9 @@ class RowMaker:
             add(self._encode("\n"), 0)
         return ids, learn
 
-    def image_rows(self, seeds: Iterator[int], num_rows: int, num_pairs: int) -> dict[str, np.ndarray]:
+    def image_rows(
+        self, seeds: Iterator[int], num_rows: int, num_pairs: int
+    ) -> dict[str, np.ndarray]:
         """num_rows conversations, of which num_pairs show two pictures."""
         ids = np.full((num_rows, IMAGE_ROW_LEN), self.pad, np.int16)
         learn = np.zeros((num_rows, IMAGE_ROW_LEN), np.uint8)
@@ -229,7 +245,9 @@ class RowMaker:
                 shown += 1
         return {"ids": ids, "learn": learn, "pixels": pixels, "labels": labels, "slots": slots}
 
-    def text_rows(self, rng: random.Random, num_rows: int, plain_share: float = 0.2) -> dict[str, np.ndarray]:
+    def text_rows(
+        self, rng: random.Random, num_rows: int, plain_share: float = 0.2
+    ) -> dict[str, np.ndarray]:
         """Packed conversations; a share of the rows is plain text, learned in full."""
         ids = np.full((num_rows, TEXT_ROW_LEN), self.pad, np.int16)
         learn = np.zeros((num_rows, TEXT_ROW_LEN), np.uint8)

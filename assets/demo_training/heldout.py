@@ -8,11 +8,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from PIL import Image
-
 import questions
 import scenes
 import stories
+from PIL import Image
 
 FIRST_SEED = 2**40
 _KINDS = {
@@ -41,7 +40,9 @@ def is_exact(generated: str, expected: str) -> bool:
     return generated.strip() == expected.strip()
 
 
-def image_questions(n: int = 2000, seed: int = 0, unseen_phrasing: bool = False) -> Iterator[ImageQuestion]:
+def image_questions(
+    n: int = 2000, seed: int = 0, unseen_phrasing: bool = False
+) -> Iterator[ImageQuestion]:
     """n questions spread evenly over the six categories and both languages, up to three about one picture.
 
     `unseen_phrasing` asks in words that training never uses.
@@ -58,7 +59,11 @@ def image_questions(n: int = 2000, seed: int = 0, unseen_phrasing: bool = False)
             lang = "en" if (asked // len(questions.CATEGORIES)) % 2 == 0 else "zh"
             category = questions.CATEGORIES[asked % len(questions.CATEGORIES)]
             found = questions.ask(scene, rng, lang, category, held_out=unseen_phrasing)
-            if found is None or found[0] in used or (category == "count" and found[1][0] not in "012345"):
+            if (
+                found is None
+                or found[0] in used
+                or (category == "count" and found[1][0] not in "012345")
+            ):
                 continue
             used.add(found[0])
             image = image or scenes.draw(scene, supersample=2)
@@ -68,7 +73,9 @@ def image_questions(n: int = 2000, seed: int = 0, unseen_phrasing: bool = False)
                 break
 
 
-def describe_prompts(n: int = 50, seed: int = 0) -> Iterator[tuple[Image.Image, str, list[str], str]]:
+def describe_prompts(
+    n: int = 50, seed: int = 0
+) -> Iterator[tuple[Image.Image, str, list[str], str]]:
     """(picture, request, words that the description must hold, full reference description)."""
     rng = random.Random(f"describe-{seed}")
     for index in range(n):

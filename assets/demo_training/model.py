@@ -92,7 +92,9 @@ def decode(model: LlavaForConditionalGeneration, x: Tensor) -> Tensor:
     return lm.norm(x)
 
 
-def embed(model: LlavaForConditionalGeneration, ids: Tensor, features: Tensor | None, slots: Tensor | None) -> Tensor:
+def embed(
+    model: LlavaForConditionalGeneration, ids: Tensor, features: Tensor | None, slots: Tensor | None
+) -> Tensor:
     """Token embeddings [B, L, D] with projected image features put at the flat positions `slots`."""
     x = model.model.language_model.embed_tokens(ids)
     if features is None:
@@ -102,7 +104,9 @@ def embed(model: LlavaForConditionalGeneration, ids: Tensor, features: Tensor | 
     return flat.index_copy(0, slots.flatten(), projected).view(x.shape)
 
 
-def token_loss(model: LlavaForConditionalGeneration, hidden: Tensor, ids: Tensor, learn: Tensor) -> Tensor:
+def token_loss(
+    model: LlavaForConditionalGeneration, hidden: Tensor, ids: Tensor, learn: Tensor
+) -> Tensor:
     """Mean cross entropy of the next token where `learn` is 1."""
     logits = F.linear(hidden[:, :-1], model.lm_head.weight)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")

@@ -24,11 +24,15 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
 class Muon:
     """Optimizer over 2-d parameters; call `step` with the learning rate of the moment."""
 
-    def __init__(self, params: list[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.05) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.05
+    ) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
         shapes = sorted({tuple(p.shape) for p in params})
         self.groups = [[p for p in params if tuple(p.shape) == shape] for shape in shapes]
-        self.buffers = [torch.zeros_like(torch.stack([p.data for p in group])) for group in self.groups]
+        self.buffers = [
+            torch.zeros_like(torch.stack([p.data for p in group])) for group in self.groups
+        ]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -5,6 +5,8 @@ and distances keep clear of the border between two answers. Each kind of questio
 for training and others held back, to measure whether the model understands or recites.
 """
 
+# ruff: noqa: SIM905 - word lists read better as one string
+
 import random
 from collections.abc import Callable
 
@@ -17,11 +19,13 @@ ZH_COLOURS = dict(
     zip(COLOURS, "红色 橙色 黄色 绿色 青色 蓝色 紫色 粉色 棕色 黑色 灰色 白色".split(), strict=True)
 )
 ZH_SHAPES = dict(
-    zip(SHAPES, "圆形 正方形 三角形 长方形 椭圆形 星形 心形 菱形 六边形 十字形".split(), strict=True)
+    zip(
+        SHAPES, "圆形 正方形 三角形 长方形 椭圆形 星形 心形 菱形 六边形 十字形".split(), strict=True
+    )
 )
 ZH_SIZES = {"small": "小的", "medium": "", "large": "大的"}
-ZH_COUNT = "零一两三四五六"
-EN_COUNT = ("no", "one", "two", "three", "four", "five", "six")
+ZH_COUNT = "零一两三四五六七八九"
+EN_COUNT = "no one two three four five six seven eight nine".split()
 CELLS = (
     ("top left", "in the top left", "左上角"),
     ("top", "at the top", "上方"),
@@ -33,7 +37,14 @@ CELLS = (
     ("bottom", "at the bottom", "下方"),
     ("bottom right", "in the bottom right", "右下角"),
 )
-PLACES_ZH = {"house": "房子", "car": "汽车", "tree": "树", "face": "脸", "flower": "花", "boat": "船"}
+PLACES_ZH = {
+    "house": "房子",
+    "car": "汽车",
+    "tree": "树",
+    "face": "脸",
+    "flower": "花",
+    "boat": "船",
+}
 PARTS = {
     "house": ("house", "房子"),
     "roof": ("roof", "屋顶"),
@@ -50,8 +61,23 @@ PARTS = {
 Asked = tuple[str, str] | None
 
 _OPENERS = {
-    False: ("Please tell me: ", "Hello! ", "Look at the picture. ", "Question: ", "Hi, ", "Please answer: ", "Now, "),
-    True: ("请回答\uff1a", "你好\uff0c", "看图回答\uff1a", "请看图。", "那么\uff0c", "请告诉我\uff0c"),
+    False: (
+        "Please tell me: ",
+        "Hello! ",
+        "Look at the picture. ",
+        "Question: ",
+        "Hi, ",
+        "Please answer: ",
+        "Now, ",
+    ),
+    True: (
+        "请回答\uff1a",
+        "你好\uff0c",
+        "看图回答\uff1a",
+        "请看图。",
+        "那么\uff0c",
+        "请告诉我\uff0c",
+    ),
 }
 
 
@@ -149,6 +175,7 @@ PHRASES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
                 "Can you count the {x}?",
                 "How many {x} does the picture show?",
                 "Say how many {x} you see.",
+                "How many {x} can you find?",
             ),
             ("Please count all the {x} in this picture.", "Tell me how many {x} you can find."),
         ),
@@ -167,6 +194,10 @@ PHRASES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
                 "{x}有几个?",
                 "图里的{x}有多少个?",
                 "能数一下{x}吗?",
+                "你能数出几个{x}?",
+                "能看到多少个{x}?",
+                "可以看到几个{x}?",
+                "一共有几个{x}?",
             ),
             ("请数一下图里的{x}有多少个。", "你能看到几个{x}?"),
         ),
@@ -187,6 +218,12 @@ PHRASES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
                 "Which part of the picture is {x} in?",
                 "I want to know where {x} is.",
                 "Find {x}.",
+                "Which region of the image contains {x}?",
+                "In which corner or on which side is {x}?",
+                "At what place in the picture is {x}?",
+                "{x}, where is it located?",
+                "Which area of the image shows {x}?",
+                "In what region do you see {x}?",
                 "{x}: where is it?",
                 "In what part of the image is {x} located?",
             ),
@@ -204,6 +241,10 @@ PHRASES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
                 "请说出{x}的位置。",
                 "我想知道{x}在什么地方。",
                 "{x}位于哪里?",
+                "{x}处于什么地方?",
+                "{x}在什么地方?",
+                "{x}位于图中哪个位置?",
+                "哪里有{x}?",
                 "{x}在什么位置?",
                 "告诉我{x}的位置。",
             ),
@@ -229,6 +270,9 @@ PHRASES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
                 "I want to know what number is shown.",
                 "What number is this?",
                 "What number does the image show?",
+                "Read the digits.",
+                "Which digits are written?",
+                "What digit is this?",
             ),
             ("Can you read the number in this image?", "Please tell me which number you see."),
         ),
@@ -293,12 +337,20 @@ DESCRIBE = {
     ),
 }
 LIST = {
-    "en": ("What is this?", "What's this?", "What is it?", "List the objects.", "What is in the picture?"),
+    "en": (
+        "What is this?",
+        "What's this?",
+        "What is it?",
+        "List the objects.",
+        "What is in the picture?",
+    ),
     "zh": ("这是什么?", "列出图中的物体。", "图中画的是什么?", "这是啥?"),
 }
 
 
-def ask(scene: Scene, rng: random.Random, lang: str, category: str, held_out: bool = False) -> Asked:
+def ask(
+    scene: Scene, rng: random.Random, lang: str, category: str, held_out: bool = False
+) -> Asked:
     """A question of the category and its answer, or None where the scene has no clear one."""
     asked = _MAKERS[category](scene, rng, lang, held_out)
     return asked and (full_width(asked[0]), full_width(asked[1]))
@@ -330,7 +382,7 @@ def _description(scene: Scene, zh: bool) -> str:
             return f"这是一张空白的图片,{ground}什么也没有画。"
         plain = f"plain {scene.background}, with" if scene.background else "with"
         return f"This is an empty picture: {plain} nothing drawn on it."
-    if scene.kind in ("noise", "plasma", "gradient", "clutter"):
+    if scene.kind in ("noise", "plasma", "gradient", "clutter", "fractal"):
         return (
             "我没有看到认识的形状,只有混在一起的颜色。"
             if zh
@@ -363,7 +415,11 @@ def cell_of(x: float, y: float) -> int:
 def noun(shape: Shape, lang: str, size: bool = False) -> str:
     """'a large red star', '大的红色星形'."""
     if lang == "zh":
-        return (ZH_SIZES[shape.size] if size else "") + ZH_COLOURS[shape.colour] + ZH_SHAPES[shape.name]
+        return (
+            (ZH_SIZES[shape.size] if size else "")
+            + ZH_COLOURS[shape.colour]
+            + ZH_SHAPES[shape.name]
+        )
     words = f"{shape.size} " if size and shape.size != "medium" else ""
     return _article(f"{words}{shape.colour} {shape.name}")
 
@@ -376,9 +432,7 @@ def _describe_shapes(scene: Scene, zh: bool) -> str:
     shapes = in_reading_order(scene)
     count = len(shapes)
     if zh:
-        items = [
-            f"{CELLS[cell_of(s.x, s.y)][2]}有一个{noun(s, 'zh', size=True)}" for s in shapes
-        ]
+        items = [f"{CELLS[cell_of(s.x, s.y)][2]}有一个{noun(s, 'zh', size=True)}" for s in shapes]
         return f"图中有{ZH_COUNT[count]}个图形:{','.join(items)}。"
     items = [f"{noun(s, 'en', size=True)} {CELLS[cell_of(s.x, s.y)][1]}" for s in shapes]
     return f"I see {EN_COUNT[count]} shape{'s' if count > 1 else ''}: {_join(items)}."
@@ -460,7 +514,13 @@ def _only(shapes: list[Shape]) -> Shape | None:
 def _named(rng: random.Random, lang: str, shape: Shape) -> str:
     """'the star' or '星形', with an everyday synonym now and then."""
     if lang == "zh":
-        everyday = {"star": "星星", "heart": "爱心", "circle": "圆", "square": "方块", "cross": "十字"}
+        everyday = {
+            "star": "星星",
+            "heart": "爱心",
+            "circle": "圆",
+            "square": "方块",
+            "cross": "十字",
+        }
         name = everyday.get(shape.name) if rng.random() < 0.25 else None
         return name or ZH_SHAPES[shape.name]
     everyday = {"cross": "plus sign", "oval": "ellipse"}
@@ -497,7 +557,11 @@ def _colour(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Aske
         shape = rng.choice(scene.shapes)
         colour = shape.colour
         if len(scene.shapes) == 1 and not scene.texts and rng.random() < 0.4:
-            subject = rng.choice(("这个图形", "它")) if lang == "zh" else rng.choice(("the shape", "it", "this"))
+            subject = (
+                rng.choice(("这个图形", "它"))
+                if lang == "zh"
+                else rng.choice(("the shape", "it", "this"))
+            )
         elif _only([s for s in scene.shapes if s.name == shape.name]):
             subject = _named(rng, lang, shape)
         elif found := _in_cell(scene, rng):
@@ -524,7 +588,11 @@ def _shape(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked
     shape = rng.choice(scene.shapes)
     subject = None
     if len(scene.shapes) == 1 and not scene.texts and rng.random() < 0.4:
-        subject = rng.choice(("这个图形", "它")) if lang == "zh" else rng.choice(("this", "it", "the object"))
+        subject = (
+            rng.choice(("这个图形", "它"))
+            if lang == "zh"
+            else rng.choice(("this", "it", "the object"))
+        )
     elif _only([s for s in scene.shapes if s.colour == shape.colour]):
         if all(t.colour != shape.colour for t in scene.texts):
             thing = rng.choice(("thing", "object", "one"))
@@ -583,7 +651,11 @@ def _unique(scene: Scene, rng: random.Random, lang: str, shape: Shape) -> str | 
         return _named(rng, lang, shape)
     if _only([s for s in scene.shapes if (s.name, s.colour) == (shape.name, shape.colour)]):
         if lang == "zh":
-            return f"{ZH_COLOURS[shape.colour]}的{ZH_SHAPES[shape.name]}" if rng.random() < 0.5 else noun(shape, lang)
+            return (
+                f"{ZH_COLOURS[shape.colour]}的{ZH_SHAPES[shape.name]}"
+                if rng.random() < 0.5
+                else noun(shape, lang)
+            )
         return f"the {shape.colour} {shape.name}"
     return None
 
@@ -628,7 +700,11 @@ def _relation(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> As
     holds = distance < 0
     if style == "whether":
         if zh:
-            forms = (f"{x}在{y}的{zh_word}吗?", f"{x}是不是在{y}的{zh_word}?", f"{x}在{y}{zh_word}吗?")
+            forms = (
+                f"{x}在{y}的{zh_word}吗?",
+                f"{x}是不是在{y}的{zh_word}?",
+                f"{x}在{y}{zh_word}吗?",
+            )
             forms += (f"{x}在{y}的{zh_word},对吗?", f"我觉得{x}在{y}的{zh_word},是不是?")
             held = (f"请问{x}在{y}{zh_word}吗?",)
             return rng.choice(held if held_out else forms), "是的。" if holds else "不是。"
@@ -641,18 +717,28 @@ def _relation(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> As
     actual = (first, second)[(b.x - a.x, b.y - a.y)[axis] < 0]
     if zh:
         one, two = RELATIONS[first][3], RELATIONS[second][3]
-        forms = (f"{x}在{y}的{one}还是{two}?", f"{x}在{y}的{two}还是{one}?", f"{x}在{y}的哪边,{one}还是{two}?")
+        forms = (
+            f"{x}在{y}的{one}还是{two}?",
+            f"{x}在{y}的{two}还是{one}?",
+            f"{x}在{y}的哪边,{one}还是{two}?",
+        )
         forms += (f"相对于{y},{x}在{one}还是{two}?", f"{x}是在{y}的{one}还是{two}?")
         held = (f"和{y}相比,{x}在{one}还是{two}?",)
         return rng.choice(held if held_out else forms), f"{RELATIONS[actual][3]}。"
     if axis == 0:
         forms = (f"Is {x} to the left or to the right of {y}?", f"Is {x} left or right of {y}?")
-        forms += (f"Is {x} to the right or to the left of {y}?", f"On which side of {y} is {x}, left or right?")
+        forms += (
+            f"Is {x} to the right or to the left of {y}?",
+            f"On which side of {y} is {x}, left or right?",
+        )
         forms += (f"Which side of {y} is {x} on?",)
         held = (f"Is {x} on the left or on the right side of {y}?",)
         return rng.choice(held if held_out else forms), f"To the {actual}."
     forms = (f"Is {x} above or below {y}?", f"Is {x} below or above {y}?")
-    forms += (f"{x[0].upper()}{x[1:]}: above or below {y}?", f"Looking at {y}, is {x} above or below?")
+    forms += (
+        f"{x[0].upper()}{x[1:]}: above or below {y}?",
+        f"Looking at {y}, is {x} above or below?",
+    )
     held = (f"Compared with {y}, is {x} above or below it?",)
     return rng.choice(held if held_out else forms), f"{actual.capitalize()}."
 
@@ -679,7 +765,11 @@ def _what_is_beside(
         return rng.choice(held if held_out else forms), f"{noun(found[0], 'zh')}。"
     short = {"to the left of": "left of", "to the right of": "right of"}.get(en, en)
     forms = (f"What is {en} {y}?", f"What is {short} {y}?", f"Which shape is {en} {y}?")
-    forms += (f"What can you see {en} {y}?", f"Name the shape {en} {y}.", f"Which object lies {short} {y}?")
+    forms += (
+        f"What can you see {en} {y}?",
+        f"Name the shape {en} {y}.",
+        f"Which object lies {short} {y}?",
+    )
     held = (f"What do you see {en} {y}?",)
     return rng.choice(held if held_out else forms), _sentence(noun(found[0], "en"))
 
@@ -696,10 +786,21 @@ def _word(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
         return None
     text = scene.texts[0].text
     if lang == "zh":
-        forms = ("写的是什么?", "读出图中的文字。", "图上写了什么?", "图里的单词是什么?", "图片上的文字是什么?")
+        forms = (
+            "写的是什么?",
+            "读出图中的文字。",
+            "图上写了什么?",
+            "图里的单词是什么?",
+            "图片上的文字是什么?",
+        )
         return rng.choice(forms), f"写的是“{text}”。"
     forms = ("Read the text.", "What does it say?", "What is written?", "What word is written?")
-    forms += ("What is the word?", "Read the word.", "What does the text say?", "What text is in the image?")
+    forms += (
+        "What is the word?",
+        "Read the word.",
+        "What does the text say?",
+        "What text is in the image?",
+    )
     return rng.choice(forms), f'It says "{text}".'
 
 
@@ -718,7 +819,12 @@ def _exists(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Aske
         forms = (f"有{what}吗?", f"图中有{what}吗?", f"图里有没有{what}?", f"你看到{what}了吗?")
         return rng.choice(forms), "有。" if here else "没有。"
     what = _article(f"{colour} {name}" if with_colour else name)
-    forms = (f"Is there {what}?", f"Is there {what} in the picture?", f"Do you see {what}?", f"Can you see {what}?")
+    forms = (
+        f"Is there {what}?",
+        f"Is there {what} in the picture?",
+        f"Do you see {what}?",
+        f"Can you see {what}?",
+    )
     return rng.choice(forms), "Yes." if here else "No."
 
 
@@ -729,7 +835,9 @@ def _absent(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Aske
     zh = lang == "zh"
     if not scene.texts and rng.random() < 0.25:
         if rng.random() < 0.6:
-            return _phrase(rng, "digit", lang, False), "图中没有数字。" if zh else "There is no number."
+            return _phrase(
+                rng, "digit", lang, False
+            ), "图中没有数字。" if zh else "There is no number."
         question = rng.choice(("Read the text.", "What is written?", "What word is written?"))
         return ("图里的单词是什么?", "图中没有文字。") if zh else (question, "There is no text.")
     name = rng.choice(SHAPES)
@@ -750,15 +858,25 @@ def _size(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
     if rng.random() < 0.5:
         if ranked[-1].size == ranked[-2].size:
             return None
-        question = rng.choice(("哪个图形最大?", "最大的图形是什么?")) if zh else rng.choice(
-            ("Which shape is the largest?", "What is the biggest shape?", "Which shape is the biggest?")
+        question = (
+            rng.choice(("哪个图形最大?", "最大的图形是什么?"))
+            if zh
+            else rng.choice(
+                (
+                    "Which shape is the largest?",
+                    "What is the biggest shape?",
+                    "Which shape is the biggest?",
+                )
+            )
         )
         best = ranked[-1]
     else:
         if ranked[0].size == ranked[1].size:
             return None
-        question = rng.choice(("哪个图形最小?", "最小的图形是什么?")) if zh else rng.choice(
-            ("Which shape is the smallest?", "What is the smallest shape?")
+        question = (
+            rng.choice(("哪个图形最小?", "最小的图形是什么?"))
+            if zh
+            else rng.choice(("Which shape is the smallest?", "What is the smallest shape?"))
         )
         best = ranked[0]
     return question, f"{noun(best, 'zh')}。" if zh else _sentence(noun(best, "en"))
@@ -768,8 +886,14 @@ def _background(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> 
     if not scene.background or scene.place:
         return None
     if lang == "zh":
-        return rng.choice(("背景是什么颜色?", "背景的颜色是什么?")), f"{ZH_COLOURS[scene.background]}。"
-    forms = ("What color is the background?", "What is the background color?", "Which colour is the background?")
+        return rng.choice(
+            ("背景是什么颜色?", "背景的颜色是什么?")
+        ), f"{ZH_COLOURS[scene.background]}。"
+    forms = (
+        "What color is the background?",
+        "What is the background color?",
+        "Which colour is the background?",
+    )
     return rng.choice(forms), _sentence(scene.background)
 
 
@@ -804,8 +928,108 @@ def _verify(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Aske
     colour = shape.colour if rng.random() < 0.5 else rng.choice(list(COLOURS))
     yes = colour == shape.colour
     if lang == "zh":
-        return f"{_named(rng, lang, shape)}是{ZH_COLOURS[colour]}的吗?", "是的。" if yes else "不是。"
+        return (
+            f"{_named(rng, lang, shape)}是{ZH_COLOURS[colour]}的吗?",
+            "是的。" if yes else "不是。",
+        )
     return f"Is {_named(rng, lang, shape)} {colour}?", "Yes." if yes else "No."
+
+
+def _either_colour(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
+    """'Is the circle red or blue?'"""
+    if not scene.shapes:
+        return None
+    shape = rng.choice(scene.shapes)
+    if not _only([s for s in scene.shapes if s.name == shape.name]):
+        return None
+    pair = [shape.colour, rng.choice([c for c in COLOURS if c != shape.colour])]
+    rng.shuffle(pair)
+    if lang == "zh":
+        one, two = (ZH_COLOURS[c] for c in pair)
+        return f"{_named(rng, lang, shape)}是{one}还是{two}?", f"{ZH_COLOURS[shape.colour]}。"
+    return f"Is {_named(rng, lang, shape)} {pair[0]} or {pair[1]}?", _sentence(shape.colour)
+
+
+def _any_of_colour(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
+    """'Is there anything green?'"""
+    if not scene.shapes or scene.texts:
+        return None
+    colour = rng.choice([c for c in COLOURS if c != scene.background])
+    if rng.random() < 0.5:
+        colour = rng.choice(scene.shapes).colour
+    here = any(s.colour == colour for s in scene.shapes)
+    if lang == "zh":
+        word = ZH_COLOURS[colour]
+        forms = (f"有{word}的东西吗?", f"图里有{word}的图形吗?")
+        return rng.choice(forms), "有。" if here else "没有。"
+    forms = (
+        f"Is there anything {colour}?",
+        f"Are there any {colour} things?",
+        f"Do you see something {colour}?",
+    )
+    forms += (f"Are there any {colour} shapes?", f"Are any of the shapes {colour}?")
+    return rng.choice(forms), "Yes." if here else "No."
+
+
+def _on_side(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
+    """'What is on the right?', where one shape alone is there."""
+    if not scene.shapes or scene.texts:
+        return None
+    found = _in_cell(scene, rng)
+    if not found:
+        return None
+    shape, cell = found
+    beside = {1: (1, 0), 3: (0, 0), 5: (0, 2), 7: (1, 2)}.get(cell)  # (axis, third) of a side
+    if beside and any(
+        o is not shape and int((o.x, o.y)[beside[0]] * 3) == beside[1] for o in scene.shapes
+    ):
+        return None
+    where = CELLS[cell]
+    if lang == "zh":
+        return rng.choice((f"{where[2]}是什么?", f"{where[2]}有什么?")), f"{noun(shape, 'zh')}。"
+    side = (
+        f" {rng.choice(('side', 'side of the picture', 'half'))}"
+        if cell in (3, 5) and rng.random() < 0.4
+        else ""
+    )
+    forms = (
+        f"What is {where[1]}{side}?",
+        f"What do you see {where[1]}{side}?",
+        f"What's {where[1]}{side}?",
+    )
+    return rng.choice(forms), _sentence(noun(shape, "en"))
+
+
+def _colours(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
+    """'How many colors are there?' and 'Which colors do you see?', of the shapes."""
+    if not scene.shapes or scene.texts:
+        return None
+    seen = list(dict.fromkeys(s.colour for s in in_reading_order(scene)))
+    if lang == "zh":
+        if rng.random() < 0.5:
+            return "图形有几种颜色?", f"{len(seen)}种。"
+        return rng.choice(
+            ("图形有哪些颜色?", "有哪些颜色?")
+        ), f"{'、'.join(ZH_COLOURS[c] for c in seen)}。"
+    if rng.random() < 0.5:
+        return rng.choice(
+            ("How many colors do the shapes have?", "How many colors are there?")
+        ), f"{len(seen)}."
+    return rng.choice(("Which colors do you see?", "What colors are the shapes?")), _sentence(
+        _join(seen)
+    )
+
+
+def _describe_across(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
+    """A description wished for in the other language."""
+    if lang == "zh":
+        return rng.choice(("用英文描述这张图片。", "请用英语描述图片。")), description(scene, "en")
+    forms = (
+        "Describe the picture in Chinese.",
+        "Describe this image in Chinese.",
+        "What do you see? Answer in Chinese.",
+    )
+    return rng.choice(forms), description(scene, "zh")
 
 
 def _outermost(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
@@ -821,7 +1045,11 @@ def _outermost(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> A
         side = {"left": "最左边", "right": "最右边", "above": "最上面", "below": "最下面"}[name]
         return rng.choice((f"{side}是什么?", f"{side}的图形是什么?")), f"{noun(ranked[0], 'zh')}。"
     side = {"left": "leftmost", "right": "rightmost", "above": "topmost", "below": "lowest"}[name]
-    forms = (f"What is the {side} shape?", f"Which shape is the {side}?", f"What is the {side} object?")
+    forms = (
+        f"What is the {side} shape?",
+        f"Which shape is the {side}?",
+        f"What is the {side} object?",
+    )
     return rng.choice(forms), _sentence(noun(ranked[0], "en"))
 
 
@@ -839,7 +1067,11 @@ def _story(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked
         return rng.choice(("看图讲一个故事。", "根据这张图片讲个故事。")), tale
     tale = f"Once there was {noun(a, 'en')} and {noun(b, 'en')}. One day {x} felt lonely and went to see {y}."
     tale += " They played together until it grew dark, and they became good friends."
-    forms = ("Tell me a story about this picture.", "Make up a story about this image.", "Write a story for this picture.")
+    forms = (
+        "Tell me a story about this picture.",
+        "Make up a story about this image.",
+        "Write a story for this picture.",
+    )
     return rng.choice(forms), tale
 
 
@@ -858,6 +1090,11 @@ _MAKERS: dict[str, Callable[[Scene, random.Random, str, bool], Asked]] = {
     "list": _list,
     "describe": _describe,
     "verify": _verify,
+    "either_colour": _either_colour,
+    "any_of_colour": _any_of_colour,
+    "on_side": _on_side,
+    "colours": _colours,
+    "describe_across": _describe_across,
     "outermost": _outermost,
     "story": _story,
 }
@@ -875,7 +1112,12 @@ _WEIGHTS = {
     "background": 3,
     "list": 6,
     "describe": 4,
-    "verify": 10,
+    "verify": 8,
+    "either_colour": 7,
+    "any_of_colour": 4,
+    "on_side": 8,
+    "colours": 3,
+    "describe_across": 1,
     "outermost": 12,
     "story": 4,
 }

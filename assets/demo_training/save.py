@@ -4,11 +4,10 @@ import copy
 import json
 from pathlib import Path
 
-import torch
-from transformers import LlavaForConditionalGeneration
-
 import conversations
 import model as demo
+import torch
+from transformers import LlavaForConditionalGeneration
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -32,7 +31,9 @@ CHAT_TEMPLATE = """\
 """
 
 
-def save_folder(model: LlavaForConditionalGeneration, folder: Path, max_shard_size: str = "64MB") -> None:
+def save_folder(
+    model: LlavaForConditionalGeneration, folder: Path, max_shard_size: str = "64MB"
+) -> None:
     """Weights, config and the small files; tokenizer.json is made by tokenizer.py."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = model.config

@@ -5,6 +5,8 @@ every picture to a square: what is "left" or "long" is judged after the squeeze.
 photographic; a small share of pictures shows nothing nameable, so that the model learns to say so.
 """
 
+# ruff: noqa: SIM905 - word lists read better as one string
+
 import io
 import math
 import random
@@ -85,7 +87,7 @@ class Text:
     colour: str
     x: float
     y: float
-    char_boxes: tuple[tuple[float, float], ...]  # centre of every character, fractions of the canvas
+    char_boxes: tuple[tuple[float, float], ...]  # centre of every letter, fractions of the canvas
 
     @property
     def is_number(self) -> bool:
@@ -103,7 +105,9 @@ class Scene:
     background: str | None = None  # colour name where the background is plain
     shapes: list[Shape] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
-    place: dict[str, str] = field(default_factory=dict)  # part -> colour or position, for composed pictures
+    place: dict[str, str] = field(
+        default_factory=dict
+    )  # part -> colour or position, for composed pictures
     marks: list[tuple] = field(default_factory=list)
 
 
@@ -120,7 +124,9 @@ def make_scene(seed: int, kind: str | None = None, more_fonts: bool = False) -> 
     width, height = _canvas(rng)
     scene = Scene(seed, kind, width, height)
     if kind == "nothing":
-        scene.kind = rng.choice(("blank", "noise", "plasma", "gradient", "clutter", "clutter"))
+        scene.kind = rng.choice(
+            ("blank", "noise", "plasma", "gradient", "clutter", "clutter", "fractal")
+        )
         scene.background = _paint_background(scene, rng) if scene.kind == "blank" else None
         return scene
     if kind == "place":
@@ -133,7 +139,7 @@ def make_scene(seed: int, kind: str | None = None, more_fonts: bool = False) -> 
         font = rng.choice(("", "", *font_files())) if more_fonts else ""
         _add_text(scene, rng, number, font, room=1.0 if kind != "shapes_text" else 0.45)
     if kind in ("shapes", "shapes_text"):
-        _add_shapes(scene, rng, rng.randint(1, 6 if kind == "shapes" else 3))
+        _add_shapes(scene, rng, _how_many(rng, kind))
     scene.kind = "shapes" if scene.shapes else "text"
     return scene
 
@@ -142,10 +148,21 @@ def draw(scene: Scene, supersample: int = 1) -> Image.Image:
     """The scene as an RGB picture of its own size."""
     width, height = scene.width * supersample, scene.height * supersample
     rng = random.Random(scene.seed ^ 0x5EED)
+    if scene.kind == "fractal":
+        corner = rng.uniform(-2, 0), rng.uniform(-1.4, 0)
+        side = rng.uniform(0.3, 2.4)
+        swirl = Image.effect_mandelbrot((96, 96), (*corner, corner[0] + side, corner[1] + side), 40)
+        inks = [tuple(rng.randint(0, 255) for _ in range(3)) for _ in range(2)]
+        swirl = Image.composite(
+            Image.new("RGB", (96, 96), inks[0]), Image.new("RGB", (96, 96), inks[1]), swirl
+        )
+        return swirl.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
     if scene.kind == "clutter":
         return _clutter(rng).resize((scene.width, scene.height), Image.Resampling.BICUBIC)
     if scene.kind in ("noise", "plasma", "gradient"):
-        cells = {"noise": (48, 48), "plasma": (rng.randint(4, 9),) * 2, "gradient": (2, 2)}[scene.kind]
+        cells = {"noise": (48, 48), "plasma": (rng.randint(4, 9),) * 2, "gradient": (2, 2)}[
+            scene.kind
+        ]
         tiny = Image.frombytes("RGB", cells, rng.randbytes(3 * cells[0] * cells[1]))
         return tiny.resize((scene.width, scene.height), Image.Resampling.BICUBIC)
     image = Image.new("RGB", (width, height), (255, 255, 255))
@@ -170,12 +187,18 @@ def patch_labels(scene: Scene) -> tuple[bytes, bytes, bytes]:
                     shape[row * GRID + column] = 1 + SHAPES.index(item.name)
                     colour[row * GRID + column] = 1 + colours.index(item.colour)
     for text in scene.texts:
-        for letter, (x, y) in zip(text.text.lower(), text.char_boxes, strict=True):
+        for letter, (x, y) in zip(text.text.lower().replace(" ", ""), text.char_boxes, strict=True):
             patch = min(int(y * GRID), GRID - 1) * GRID + min(int(x * GRID), GRID - 1)
             shape[patch] = 1 + len(SHAPES)
             colour[patch] = 1 + colours.index(text.colour)
             char[patch] = 1 + CHARS.index(letter)
     return bytes(shape), bytes(colour), bytes(char)
+
+
+def _how_many(rng: random.Random, kind: str) -> int:
+    if kind == "shapes_text":
+        return rng.randint(1, 3)
+    return rng.randint(7, 9) if rng.random() < 0.06 else rng.randint(1, 6)
 
 
 def _canvas(rng: random.Random) -> tuple[int, int]:
@@ -235,25 +258,28 @@ def _add_shapes(scene: Scene, rng: random.Random, count: int) -> None:
     if rng.random() < 0.5:  # few kinds, so that counting has something to count
         names = rng.sample(names, rng.randint(1, 2))
         colours = rng.sample(colours, rng.randint(1, 4))
-    sizes = list(SIZES) if count <= 3 else ["small", "medium"]
+    sizes = list(SIZES) if count <= 3 else ["small", "medium"] if count <= 6 else ["small"]
     squeeze = math.sqrt(scene.height / scene.width)
-    outline = rng.random() < 0.15
+    style = rng.choices(("plain", "outlined", "line drawing"), (79, 15, 6))[0]
     for _ in range(count):
         found = _visible_colour(rng, rng.choice(colours), scene)
         if found is None:
             continue
         name, size = rng.choice(names), rng.choice(sizes)
         radius = rng.uniform(*SIZES[size])
+        if size == "large" and not scene.texts and count <= 2 and rng.random() < 0.5:
+            radius = rng.uniform(0.2, 0.44 if count == 1 else 0.27)
         rx, ry = radius * squeeze, radius / squeeze
+        rx, ry = min(rx, 0.475), min(ry, 0.475)
         if name in ("rectangle", "oval"):  # at least 1.9 : 1 after the squeeze, so never a square
-            long, aspect = radius * 1.12, rng.uniform(1.9, 2.7)
+            long, aspect = min(radius * 1.12, 0.475), rng.uniform(1.9, 2.7)
             rx, ry = (long, long / aspect) if rng.random() < 0.6 else (long / aspect, long)
         for _ in range(25):
             x, y = rng.uniform(rx + 0.02, 0.98 - rx), rng.uniform(ry + 0.02, 0.98 - ry)
             if _is_free(scene, x, y, rx, ry):
                 shape = Shape(name, found[0], size, x, y, rx, ry, found[1])
                 scene.shapes.append(shape)
-                _mark_shape(scene, rng, shape, outline)
+                _mark_shape(scene, rng, shape, style)
                 break
 
 
@@ -269,14 +295,16 @@ def _is_free(scene: Scene, x: float, y: float, rx: float, ry: float) -> bool:
     return True
 
 
-def _mark_shape(scene: Scene, rng: random.Random, shape: Shape, outline: bool) -> None:
+def _mark_shape(scene: Scene, rng: random.Random, shape: Shape, style: str) -> None:
     points = shape_points(shape.name, rng)
     line, line_width = None, 0.0
-    if outline:
+    if style == "outlined":
         line = (30, 30, 30) if _contrast(shape.rgb, (30, 30, 30)) > 150 else (240, 240, 240)
         line_width = rng.uniform(0.004, 0.012)
     fill = shape.rgb
-    if not outline and shape.size != "small" and rng.random() < 0.05:  # drawn as a thick outline only
+    if style == "line drawing":
+        fill, line, line_width = None, shape.rgb, rng.uniform(0.012, 0.03)
+    elif style == "plain" and shape.size != "small" and rng.random() < 0.05:  # a thick outline only
         fill, line, line_width = None, shape.rgb, rng.uniform(0.03, 0.04)
     if points is None:
         box = (shape.x - shape.rx, shape.y - shape.ry, shape.x + shape.rx, shape.y + shape.ry)
@@ -309,7 +337,9 @@ def shape_points(name: str, rng: random.Random) -> list[tuple[float, float]] | N
             points.append((16 * math.sin(t) ** 3 / 16.5, -(y + 2.5) / 15))
     else:
         corners = {"triangle": 3, "star": 10, "hexagon": 6}[name]
-        if name != "triangle" and rng.random() < 0.4 or name == "triangle" and rng.random() < 0.15:
+        if (name != "triangle" and rng.random() < 0.4) or (
+            name == "triangle" and rng.random() < 0.15
+        ):
             tilt = rng.uniform(0, 2 * math.pi)
         points = []
         for k in range(corners):
@@ -330,7 +360,13 @@ def font_files() -> tuple[str, ...]:
     folder = f"{matplotlib.get_data_path()}/fonts/ttf"
     return tuple(
         f"{folder}/{name}.ttf"
-        for name in ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "DejaVuSerif-Bold")
+        for name in (
+            "DejaVuSans",
+            "DejaVuSans-Bold",
+            "DejaVuSerif",
+            "DejaVuSansMono",
+            "DejaVuSerif-Bold",
+        )
     )
 
 
@@ -347,12 +383,16 @@ def _add_text(scene: Scene, rng: random.Random, number: bool, name: str, room: f
         text = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 4)))
     else:
         text = rng.choice(WORDS)
-        text = rng.choice((text, text.upper(), text.capitalize()))
+        if room == 1.0 and rng.random() < 0.2:
+            text += f" {rng.choice(WORDS)}"
+        text = rng.choice((text, text.upper(), text.capitalize(), text.title()))
     found = _visible_colour(rng, "black" if rng.random() < 0.35 else None, scene)
     found = found or _visible_colour(rng, "white", scene) or ("black", (0, 0, 0))
     probe = _font(name, 100)
     unit_width = probe.getlength(text) / 100  # text width at font size 1
-    largest = min(0.92 * scene.width / unit_width, 0.85 * scene.height) * (room if number else max(room, 0.75))
+    largest = min(0.92 * scene.width / unit_width, 0.85 * scene.height) * (
+        room if number else max(room, 0.75)
+    )
     smallest = min(0.15 * scene.height + 6, largest)
     size = max(12, round(rng.uniform(max(smallest, largest * 0.3), largest)))
     half_width, half_height = unit_width * size / scene.width / 2, 0.42 * size / scene.height
@@ -362,15 +402,21 @@ def _add_text(scene: Scene, rng: random.Random, number: bool, name: str, room: f
         x = y = 0.5
     boxes, left = [], x - half_width
     for index, letter in enumerate(text):
+        if letter == " ":
+            continue
         before = probe.getlength(text[:index]) / 100 * size / scene.width
         wide = probe.getlength(letter) / 100 * size / scene.width
         boxes.append((min(max(left + before + wide / 2, 0.0), 0.999), y))
     stroke = rng.choice((0, 0, 0, max(1, size // 30)))
     scene.texts.append(Text(text, found[0], x, y, tuple(boxes)))
-    scene.marks.append(("text", text, x, y, name, size / scene.height, found[1], stroke / scene.height))
+    scene.marks.append(
+        ("text", text, x, y, name, size / scene.height, found[1], stroke / scene.height)
+    )
 
 
-def _draw_mark(image: Image.Image, pen: ImageDraw.ImageDraw, mark: tuple, width: int, height: int) -> None:
+def _draw_mark(
+    image: Image.Image, pen: ImageDraw.ImageDraw, mark: tuple, width: int, height: int
+) -> None:
     kind = mark[0]
     if kind == "fill":
         pen.rectangle((0, 0, width, height), fill=mark[1])
@@ -392,7 +438,14 @@ def _draw_mark(image: Image.Image, pen: ImageDraw.ImageDraw, mark: tuple, width:
     elif kind == "text":
         _, text, x, y, name, size, rgb, stroke = mark
         font = _font(name, max(8, round(size * height)))
-        pen.text((x * width, y * height), text, rgb, font, anchor="mm", stroke_width=round(stroke * height))
+        pen.text(
+            (x * width, y * height),
+            text,
+            rgb,
+            font,
+            anchor="mm",
+            stroke_width=round(stroke * height),
+        )
 
 
 def _wear(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -418,19 +471,34 @@ def _clutter(rng: random.Random) -> Image.Image:
     image = Image.new("RGB", (64, 64), tone(10))
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(25, 90)):
-        x, y, w, h = rng.uniform(-12, 64), rng.uniform(-12, 64), rng.uniform(3, 30), rng.uniform(3, 30)
+        x, y, w, h = (
+            rng.uniform(-12, 64),
+            rng.uniform(-12, 64),
+            rng.uniform(3, 30),
+            rng.uniform(3, 30),
+        )
         box = (x, y, x + w, y + h)
         if rng.random() < 0.5:
             pen.ellipse(box, fill=tone(80))
         else:
-            corners = [(x + rng.uniform(-w, w), y + rng.uniform(-h, h)) for _ in range(rng.randint(3, 6))]
+            corners = [
+                (x + rng.uniform(-w, w), y + rng.uniform(-h, h)) for _ in range(rng.randint(3, 6))
+            ]
             pen.polygon(corners, fill=tone(80))
     return image.resize((rng.randint(20, 64),) * 2, Image.Resampling.BILINEAR)
 
 
 def _compose(scene: Scene, rng: random.Random) -> None:
     """A house, car, tree, face, flower or boat put together from plain marks."""
-    sky = rng.choice(((255, 255, 255), (225, 240, 255), (200, 228, 250), (250, 245, 230)))
+    skies = (
+        (255, 255, 255),
+        (225, 240, 255),
+        (200, 228, 250),
+        (250, 245, 230),
+        (135, 206, 235),
+        (170, 215, 245),
+    )
+    sky = rng.choice(skies)
     scene.marks.append(("fill", sky))
     place, marks = scene.place, scene.marks
 
@@ -445,15 +513,22 @@ def _compose(scene: Scene, rng: random.Random) -> None:
     def disc(x: float, y: float, r: float, rgb: tuple, squash: float = 1.0) -> None:
         marks.append(("ellipse", (x - r, y - r * squash, x + r, y + r * squash), rgb, None, 0))
 
-    grass = (110, 190, 90)
+    grass = rng.choice(((110, 190, 90), (0, 128, 0), (60, 160, 60), (150, 200, 110)))
     s, x = rng.uniform(0.75, 1.1), 0.5 + rng.uniform(-0.08, 0.08)
     if scene.kind in ("house", "car", "tree", "flower"):
-        box(0, 0.8, 1, 1, grass if scene.kind != "car" else (120, 120, 120))
+        box(0, rng.uniform(0.7, 0.8), 1, 1, grass if scene.kind != "car" else (120, 120, 120))
     if scene.kind == "house":
-        box(x - 0.22 * s, 0.8 - 0.34 * s, x + 0.22 * s, 0.82, paint("house"))
-        top = 0.8 - 0.34 * s
-        roof = [(x - 0.28 * s, top), (x + 0.28 * s, top), (x, top - 0.22 * s)]
-        marks.append(("polygon", roof, paint("roof", "red", "brown", "gray", "black", "blue"), None, 0))
+        wide, eaves = rng.uniform(0.18, 0.26) * s, rng.uniform(0.03, 0.08)
+        top = 0.8 - rng.uniform(0.28, 0.4) * s
+        box(x - wide, top, x + wide, 0.82, paint("house"))
+        roof = [
+            (x - wide - eaves, top),
+            (x + wide + eaves, top),
+            (x, top - rng.uniform(0.16, 0.28) * s),
+        ]
+        marks.append(
+            ("polygon", roof, paint("roof", "red", "brown", "gray", "black", "blue"), None, 0)
+        )
         box(x - 0.05 * s, 0.82 - 0.19 * s, x + 0.05 * s, 0.82, paint("door"))
     elif scene.kind == "car":
         rgb = paint("car")
@@ -479,7 +554,10 @@ def _compose(scene: Scene, rng: random.Random) -> None:
             disc(x + side * 0.13 * s, 0.42, 0.04 * s, (20, 20, 20), 1.3)
         place["mood"] = rng.choice(("happy", "sad"))
         bend = 0.09 * s if place["mood"] == "happy" else -0.09 * s
-        arc = [(x + t * 0.018 * s, 0.64 + bend * (1 - (t / 10) ** 2) - bend / 2) for t in range(-10, 11)]
+        arc = [
+            (x + t * 0.018 * s, 0.64 + bend * (1 - (t / 10) ** 2) - bend / 2)
+            for t in range(-10, 11)
+        ]
         arc += [(px, py + 0.03) for px, py in reversed(arc)]
         marks.append(("polygon", arc, (20, 20, 20), None, 0))
     elif scene.kind == "flower":
@@ -492,10 +570,14 @@ def _compose(scene: Scene, rng: random.Random) -> None:
     elif scene.kind == "boat":
         box(0, 0.7, 1, 1, (50, 120, 210))
         hull = [(x - 0.3 * s, 0.6), (x + 0.3 * s, 0.6), (x + 0.2 * s, 0.75), (x - 0.2 * s, 0.75)]
-        marks.append(("polygon", hull, paint("hull", "red", "brown", "black", "green", "purple"), None, 0))
+        marks.append(
+            ("polygon", hull, paint("hull", "red", "brown", "black", "green", "purple"), None, 0)
+        )
         box(x - 0.012, 0.6 - 0.4 * s, x + 0.012, 0.61, (110, 70, 40))
         sail = [(x + 0.02, 0.6 - 0.4 * s), (x + 0.02, 0.57), (x + 0.25 * s, 0.57)]
-        marks.append(("polygon", sail, paint("sail", "red", "orange", "yellow", "pink", "purple"), None, 0))
+        marks.append(
+            ("polygon", sail, paint("sail", "red", "orange", "yellow", "pink", "purple"), None, 0)
+        )
     if scene.kind != "face" and rng.random() < 0.6:
         side = rng.choice(("left", "right"))
         place["sun"] = side

@@ -4,8 +4,11 @@ A story is put together from sentence variants around two named characters. The 
 of its parts (a character, an animal, a thing, a place); whatever it names, the story keeps.
 """
 
+# ruff: noqa: SIM905 - word lists read better as one string
+
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from chinese import full_width
 
@@ -52,20 +55,51 @@ ANIMALS = {
     "sheep": "小羊",
     "whale": "鲸鱼",
     "bee": "蜜蜂",
+    "wolf": "小狼",
+    "pig": "小猪",
+    "cow": "奶牛",
+    "chicken": "小鸡",
+    "goat": "山羊",
+    "dolphin": "海豚",
+    "snail": "蜗牛",
+    "unicorn": "独角兽",
+    "kitten": "小花猫",
+    "puppy": "小狗狗",
+}
+PEOPLE = {  # kind -> Chinese, pronoun
+    "girl": ("小女孩", "she"),
+    "boy": ("小男孩", "he"),
+    "princess": ("公主", "she"),
+    "prince": ("王子", "he"),
+    "queen": ("女王", "she"),
+    "king": ("国王", "he"),
+    "knight": ("骑士", "he"),
+    "wizard": ("魔法师", "he"),
+    "witch": ("女巫", "she"),
+    "pirate": ("海盗", "he"),
+    "farmer": ("农夫", "he"),
+    "teacher": ("老师", "she"),
+    "sailor": ("水手", "he"),
+    "astronaut": ("宇航员", "she"),
+    "grandmother": ("老奶奶", "she"),
+    "grandfather": ("老爷爷", "he"),
 }
 PLACES = {
-    "the forest": "森林里",
-    "a small village": "小村庄里",
-    "the mountains": "山里",
-    "a house by the sea": "海边的小屋里",
-    "a quiet town": "安静的小镇上",
-    "a farm": "农场里",
-    "an old castle": "古老的城堡里",
-    "a green valley": "绿色的山谷里",
-    "a big city": "大城市里",
-    "a village on an island": "小岛上",
-    "a garden": "花园里",
-    "the desert": "沙漠里",
+    "in the forest": "森林里",
+    "in a small village": "小村庄里",
+    "in the mountains": "山里",
+    "in a house by the sea": "海边的小屋里",
+    "in a quiet town": "安静的小镇上",
+    "on a farm": "农场里",
+    "in an old castle": "古老的城堡里",
+    "in a green valley": "绿色的山谷里",
+    "in a big city": "大城市里",
+    "on an island": "小岛上",
+    "in a garden": "花园里",
+    "in the desert": "沙漠里",
+    "on a boat": "一条船上",
+    "at the school": "学校里",
+    "on the moon": "月亮上",
 }
 THINGS = {
     "kite": "风筝",
@@ -93,10 +127,10 @@ WEATHER = {"sunny": "晴朗", "windy": "有风", "rainy": "下雨", "cold": "寒
 # Each plot is a list of sentences, each sentence a tuple of variants.
 # {h} hero, {f} friend, {hk}/{fk} what they are, {t} thing, {p} place, {he}/{his}/{him} of the hero.
 EN_OPENINGS = (
-    "Once upon a time, {hk} named {h} lived in {p}.",
-    "In {p} there lived {hk} called {h}.",
-    "{h} was {hk} who lived in {p}.",
-    "Long ago, in {p}, there was {hk} named {h}.",
+    "Once upon a time, {hk} named {h} lived {p}.",
+    "{P} there lived {hk} called {h}.",
+    "{h} was {hk} who lived {p}.",
+    "Long ago, {p}, there was {hk} named {h}.",
 )
 EN_FRIENDS = (
     "{His} best friend was {f}, {fk}.",
@@ -106,83 +140,224 @@ EN_FRIENDS = (
 )
 EN_PLOTS = (
     (
-        ("One {w} morning {h} could not find {his} {t}.", "One {w} day {his} favorite {t} was gone."),
-        ("{He} looked under the bed and behind the door, but it was not there.", "{He} searched everywhere and felt very sad."),
-        ('"Do not worry," said {f}. "We will look together."', '"I will help you," said {f}, and they set out at once.'),
-        ("They followed small tracks down to the river.", "They asked every neighbor and walked along the old path."),
-        ("At last {f} saw the {t} high up in a tree.", "At last {f} found the {t} behind a big stone."),
+        (
+            "One {w} morning {h} could not find {his} {t}.",
+            "One {w} day {his} favorite {t} was gone.",
+        ),
+        (
+            "{He} looked under the bed and behind the door, but it was not there.",
+            "{He} searched everywhere and felt very sad.",
+        ),
+        (
+            '"Do not worry," said {f}. "We will look together."',
+            '"I will help you," said {f}, and they set out at once.',
+        ),
+        (
+            "They followed small tracks down to the river.",
+            "They asked every neighbor and walked along the old path.",
+        ),
+        (
+            "At last {f} saw the {t} high up in a tree.",
+            "At last {f} found the {t} behind a big stone.",
+        ),
         ("{h} laughed and hugged {f}.", "{h} was so happy that {he} danced with {f}."),
-        ("From then on they knew that a friend makes every search shorter.", "That day {h} learned that nobody has to search alone."),
+        (
+            "From then on they knew that a friend makes every search shorter.",
+            "That day {h} learned that nobody has to search alone.",
+        ),
     ),
     (
-        ("One {w} afternoon dark clouds came over the hills.", "One evening a great storm came up."),
-        ("The wind was so strong that the door flew open.", "Rain fell and thunder shook the windows."),
+        (
+            "One {w} afternoon dark clouds came over the hills.",
+            "One evening a great storm came up.",
+        ),
+        (
+            "The wind was so strong that the door flew open.",
+            "Rain fell and thunder shook the windows.",
+        ),
         ("{f} was afraid and hid in a corner.", "{f} trembled and did not want to come out."),
-        ("{h} lit a lamp and sat down beside {f}.", "{h} took {f} a warm blanket and told a funny tale."),
-        ("Together they counted the seconds between lightning and thunder.", "They sang every song they knew until the rain grew quiet."),
-        ("In the morning a rainbow stood over {p}.", "When the sun came back, the air smelled of flowers."),
-        ("{f} said that being brave is easier with someone at your side.", "Since then {f} has never been afraid of storms, because {h} is near."),
+        (
+            "{h} lit a lamp and sat down beside {f}.",
+            "{h} took {f} a warm blanket and told a funny tale.",
+        ),
+        (
+            "Together they counted the seconds between lightning and thunder.",
+            "They sang every song they knew until the rain grew quiet.",
+        ),
+        (
+            "In the morning a rainbow stood in the sky.",
+            "When the sun came back, the air smelled of flowers.",
+        ),
+        (
+            "{f} said that being brave is easier with someone at your side.",
+            "Since then {f} has never been afraid of storms, because {h} is near.",
+        ),
     ),
     (
-        ("One day there was a big race, and everybody wanted to win a golden {t}.", "In spring everyone met for a race, and the prize was a {t}."),
-        ("{h} ran as fast as {he} could and was soon far ahead.", "{h} had trained for weeks and took the lead."),
-        ("Then {he} heard a cry: {f} had fallen into a ditch.", "Halfway {he} saw that {f} had hurt a leg."),
-        ("{h} stopped at once and ran back to help.", "{h} did not think of the prize and turned around."),
-        ("Side by side they walked slowly to the finish.", "{h} held {f} all the way to the finish line."),
-        ("They came last, but everyone clapped and gave them the {t}.", "They were the last ones, yet the crowd cheered the loudest for them."),
-        ("A kind heart is worth more than first place.", "{h} learned that helping is better than winning."),
+        (
+            "One day there was a big race, and everybody wanted to win a golden {t}.",
+            "In spring everyone met for a race, and the prize was a {t}.",
+        ),
+        (
+            "{h} ran as fast as {he} could and was soon far ahead.",
+            "{h} had trained for weeks and took the lead.",
+        ),
+        (
+            "Then {he} heard a cry: {f} had fallen into a ditch.",
+            "Halfway {he} saw that {f} had hurt a leg.",
+        ),
+        (
+            "{h} stopped at once and ran back to help.",
+            "{h} did not think of the prize and turned around.",
+        ),
+        (
+            "Side by side they walked slowly to the finish.",
+            "{h} held {f} all the way to the finish line.",
+        ),
+        (
+            "They came last, but everyone clapped and gave them the {t}.",
+            "They were the last ones, yet the crowd cheered the loudest for them.",
+        ),
+        (
+            "A kind heart is worth more than first place.",
+            "{h} learned that helping is better than winning.",
+        ),
     ),
     (
-        ("One day {h} found an old {t} in the grass.", "While digging in the garden, {h} found a strange {t}."),
+        (
+            "One day {h} found an old {t} in the grass.",
+            "While digging in the garden, {h} found a strange {t}.",
+        ),
         ("It shone softly and began to hum.", "When {he} touched it, it started to glow."),
-        ('"It is magic," whispered {f}. "Make a wish!"', '{f} said, "It will grant one wish. Think well!"'),
-        ("{h} thought about toys and sweets, but then {he} saw that the well was dry.", "{h} wanted many things, but {he} knew that the flowers had no water."),
+        (
+            '"It is magic," whispered {f}. "Make a wish!"',
+            '{f} said, "It will grant one wish. Think well!"',
+        ),
+        (
+            "{h} thought about toys and sweets, but then {he} saw that the well was dry.",
+            "{h} wanted many things, but {he} knew that the flowers had no water.",
+        ),
         ("So {he} wished for rain.", '"I wish for rain for everyone," {he} said.'),
-        ("Soon drops began to fall, and all of {p} turned green.", "It rained all night, and in the morning everything was in bloom."),
-        ("{h} and {f} smiled, for a wish that is shared makes everyone happy.", "And {f} said it was the best wish of all."),
+        (
+            "Soon drops began to fall, and everything around turned green.",
+            "It rained all night, and in the morning everything was in bloom.",
+        ),
+        (
+            "{h} and {f} smiled, for a wish that is shared makes everyone happy.",
+            "And {f} said it was the best wish of all.",
+        ),
     ),
     (
-        ("One {w} day {h} baked a big cake.", "One {w} morning {h} picked a basket full of apples."),
-        ("{He} wanted to eat it all alone and hid behind the house.", "{He} did not want to share and closed the door."),
+        (
+            "One {w} day {h} baked a big cake.",
+            "One {w} morning {h} picked a basket full of apples.",
+        ),
+        (
+            "{He} wanted to eat it all alone and hid behind the house.",
+            "{He} did not want to share and closed the door.",
+        ),
         ("But alone it did not taste so good.", "But after a while {he} felt lonely."),
-        ("Outside {f} was sitting with an empty plate.", "Through the window {he} saw {f}, who was hungry."),
-        ("{h} opened the door and called, \"Come in, {f}! There is enough for two.\"", "{h} cut everything in half and gave {f} the bigger piece."),
-        ("They ate, told jokes and laughed until evening.", "{f} brought a {t} as a present, and they played until dark."),
+        (
+            "Outside {f} was sitting with an empty plate.",
+            "Through the window {he} saw {f}, who was hungry.",
+        ),
+        (
+            '{h} opened the door and called, "Come in, {f}! There is enough for two."',
+            "{h} cut everything in half and gave {f} the bigger piece.",
+        ),
+        (
+            "They ate, told jokes and laughed until evening.",
+            "{f} brought a {t} as a present, and they played until dark.",
+        ),
         ("Food tastes best when it is shared.", "{h} never ate alone again."),
     ),
     (
-        ("One night {h} could not sleep because it was so dark.", "{h} was afraid of the dark and lay awake."),
-        ("{He} heard a strange noise outside the window.", "Something went tap, tap, tap at the door."),
-        ("{He} called {f}, and together they took a small lamp.", "{f} came with a {t} and said, \"Let us go and see.\""),
+        (
+            "One night {h} could not sleep because it was so dark.",
+            "{h} was afraid of the dark and lay awake.",
+        ),
+        (
+            "{He} heard a strange noise outside the window.",
+            "Something went tap, tap, tap at the door.",
+        ),
+        (
+            "{He} called {f}, and together they took a small lamp.",
+            '{f} came with a {t} and said, "Let us go and see."',
+        ),
         ("Step by step they went out into the night.", "Slowly they opened the door."),
-        ("It was only a little branch that tapped in the wind.", "It was only a tiny bird that had lost its nest."),
-        ("They laughed, and then {f} showed {h} the stars.", "Then they sat down and looked at the moon."),
-        ("Since that night {h} has loved the dark, because that is when the stars come out.", "{h} learned that most fears get small when you look at them."),
+        (
+            "It was only a little branch that tapped in the wind.",
+            "It was only a tiny bird that had lost its nest.",
+        ),
+        (
+            "They laughed, and then {f} showed {h} the stars.",
+            "Then they sat down and looked at the moon.",
+        ),
+        (
+            "Since that night {h} has loved the dark, because that is when the stars come out.",
+            "{h} learned that most fears get small when you look at them.",
+        ),
     ),
     (
         ("One day the bridge over the river broke.", "After the long rain the bridge was gone."),
-        ("On the other side was {f}, who could not get home.", "Now {f} could not come over to play."),
-        ("{h} tried to jump, but the river was too wide.", "{h} threw a rope, but it was too short."),
-        ("Then {he} had an idea and asked all the neighbors for wood.", "Then {he} remembered an old {t} and made a plan."),
-        ("They worked all day, one on each side.", "Everybody helped, the big ones and the small ones."),
-        ("When the sun went down, the new bridge was ready.", "In the evening {h} and {f} met in the middle of the new bridge."),
+        (
+            "On the other side was {f}, who could not get home.",
+            "Now {f} could not come over to play.",
+        ),
+        (
+            "{h} tried to jump, but the river was too wide.",
+            "{h} threw a rope, but it was too short.",
+        ),
+        (
+            "Then {he} had an idea and asked all the neighbors for wood.",
+            "Then {he} remembered an old {t} and made a plan.",
+        ),
+        (
+            "They worked all day, one on each side.",
+            "Everybody helped, the big ones and the small ones.",
+        ),
+        (
+            "When the sun went down, the new bridge was ready.",
+            "In the evening {h} and {f} met in the middle of the new bridge.",
+        ),
         ("Many hands make hard work light.", "What one cannot do alone, many can do together."),
     ),
     (
-        ("{h} wanted to build a {t}, but it always fell apart.", "{h} wanted to draw a {t}, but it never looked right."),
+        (
+            "{h} wanted to build a {t}, but it always fell apart.",
+            "{h} wanted to draw a {t}, but it never looked right.",
+        ),
         ("Some of the others laughed at {him}.", "{He} tried ten times and wanted to give up."),
-        ('"Try once more," said {f}. "I will stay with you."', "{f} said, \"Everyone starts small. Try again tomorrow.\""),
-        ("So {h} practiced every day, even when it was {w}.", "Every morning {h} practiced a little, and {f} listened."),
+        (
+            '"Try once more," said {f}. "I will stay with you."',
+            '{f} said, "Everyone starts small. Try again tomorrow."',
+        ),
+        (
+            "So {h} practiced every day, even when it was {w}.",
+            "Every morning {h} practiced a little, and {f} listened.",
+        ),
         ("After a week it went a little better.", "Little by little it got better."),
-        ("At the summer fair {h} showed what {he} could do, and all were amazed.", "At last it worked, and {f} cheered the loudest."),
+        (
+            "At the summer fair {h} showed what {he} could do, and all were amazed.",
+            "At last it worked, and {f} cheered the loudest.",
+        ),
         ("Those who keep trying get there in the end.", "{h} was proud, and {f} was proud too."),
     ),
     (
-        ("One day a newcomer arrived: it was {f}.", "One {w} day {f} moved to {p}."),
-        ("{f} was shy and did not talk to anyone.", "Nobody knew {f}, and {f} sat alone under a tree."),
-        ("{h} went over and said, \"Hello! Do you want to play?\"", "{h} took {his} {t}, walked over and smiled."),
+        ("One day a newcomer arrived: it was {f}.", "One {w} day {f} moved in next door."),
+        (
+            "{f} was shy and did not talk to anyone.",
+            "Nobody knew {f}, and {f} sat alone under a tree.",
+        ),
+        (
+            '{h} went over and said, "Hello! Do you want to play?"',
+            "{h} took {his} {t}, walked over and smiled.",
+        ),
         ("At first {f} only nodded.", "{f} looked up and was surprised."),
-        ("Then they built a little house out of branches.", "Then they played with the {t} until the sun went down."),
+        (
+            "Then they built a little house out of branches.",
+            "Then they played with the {t} until the sun went down.",
+        ),
         ("By evening they were the best of friends.", "When it grew dark, {f} was laughing."),
         ("Sometimes one friendly word is enough.", "A smile is the shortest way to a friend."),
     ),
@@ -217,7 +392,10 @@ ZH_PLOTS = (
         ("{f}说:“有你在,我就不怕了。”", "在一起,就会变得勇敢。"),
     ),
     (
-        ("有一天,大家举行跑步比赛,奖品是一个{t}。", "春天来了,大家一起比赛跑步,赢的人可以得到{t}。"),
+        (
+            "有一天,大家举行跑步比赛,奖品是一个{t}。",
+            "春天来了,大家一起比赛跑步,赢的人可以得到{t}。",
+        ),
         ("{h}跑得很快,跑在最前面。", "{h}练习了很久,一开始就领先。"),
         ("忽然,{h}听见{f}摔倒了。", "跑到一半,{h}看见{f}的脚受伤了。"),
         ("{h}马上停下来,跑回去帮忙。", "{h}没有想奖品,转身回去扶{f}。"),
@@ -278,8 +456,7 @@ class Cast:
 
 def story_request(rng: random.Random, lang: str) -> tuple[str, str, list[str]]:
     """A request, the story that answers it and the names that the request fixes."""
-    cast = _cast(rng, lang)
-    request, fixed = (_zh_request if lang == "zh" else _en_request)(rng, cast)
+    request, fixed, cast = _asked_and_cast(rng, lang)
     return full_width(request), tell(rng, lang, cast), fixed
 
 
@@ -300,7 +477,15 @@ def tell(rng: random.Random, lang: str, cast: Cast, short: bool = False) -> str:
         words |= {"hk": _zh_kind(cast.hero_kind), "fk": _zh_kind(cast.friend_kind)}
     else:
         he, his, him = _pronouns(cast.hero_kind)
-        words = {"p": cast.place, "t": cast.thing, "w": weather, "he": he, "his": his, "him": him}
+        words = {
+            "p": cast.place,
+            "P": cast.place.capitalize(),
+            "t": cast.thing,
+            "w": weather,
+            "he": he,
+            "his": his,
+            "him": him,
+        }
         words |= {"He": he.capitalize(), "His": his.capitalize()}
         words |= {"hk": _en_kind(cast.hero_kind, rng), "fk": _en_kind(cast.friend_kind, rng)}
     sentences = [s.format(h=cast.hero, f=cast.friend, **words) for s in sentences]
@@ -311,29 +496,108 @@ def _cast(rng: random.Random, lang: str) -> Cast:
     hero, friend = name(rng, lang), name(rng, lang)
     while friend == hero:
         friend = name(rng, lang)
-    person = "girl" if hero in GIRLS else "boy" if hero in BOYS else rng.choice(("girl", "boy"))
-    hero_kind = person if rng.random() < 0.55 or hero in PETS else rng.choice(list(ANIMALS))
-    friend_kind = "girl" if friend in GIRLS else "boy" if friend in BOYS else None
-    if friend_kind is None or rng.random() < 0.7:
-        friend_kind = rng.choice(list(ANIMALS))
-    return Cast(hero, hero_kind, friend, friend_kind, rng.choice(list(THINGS)), rng.choice(list(PLACES)))
+    hero_kind = _kind(rng, hero, people=0.6)
+    friend_kind = _kind(rng, friend, people=0.3)
+    return Cast(
+        hero, hero_kind, friend, friend_kind, rng.choice(list(THINGS)), rng.choice(list(PLACES))
+    )
+
+
+def _unnamed(rng: random.Random, lang: str) -> Cast:
+    return _with_own_names(rng, lang, _cast(rng, lang), [])
+
+
+def _kind(rng: random.Random, who: str, people: float) -> str:
+    """An animal, or a person that suits the name."""
+    if rng.random() > people or who in PETS:
+        return rng.choice(list(ANIMALS))
+    pronoun = "she" if who in GIRLS else "he" if who in BOYS else rng.choice(("she", "he"))
+    if rng.random() < 0.65:
+        return "girl" if pronoun == "she" else "boy"
+    return rng.choice([kind for kind, (_, word) in PEOPLE.items() if word == pronoun])
+
+
+def _with_own_names(rng: random.Random, lang: str, cast: Cast, fixed: list[str]) -> Cast:
+    """Names that the request leaves open come from two short lists, so they never meet."""
+    if cast.friend in fixed:
+        return cast
+    friend = rng.choice(ZH_NAMES[34:] if lang == "zh" else PETS)
+    hero = cast.hero
+    if hero not in fixed:
+        woman = _pronouns(cast.hero_kind)[0] == "she" or (
+            cast.hero_kind in ANIMALS and rng.random() < 0.5
+        )
+        hero = rng.choice(ZH_NAMES[:34] if lang == "zh" else (GIRLS if woman else BOYS)[:20])
+    if friend == hero:
+        friend = "豆丁" if lang == "zh" else "Button"
+    return replace(cast, hero=hero, friend=friend)
 
 
 def name(rng: random.Random, lang: str) -> str:
-    """A usual name, or in a third of the cases a made-up one: names are to be copied, not guessed."""
-    if rng.random() < 0.65:
+    """A usual name, or as often a made-up one: names are to be copied, not guessed."""
+    if rng.random() < 0.45:
         return rng.choice(ZH_NAMES if lang == "zh" else EN_NAMES)
     if lang == "zh":
-        first = rng.choice("小阿大老" + "王李张刘陈林黄周吴徐孙马朱胡郭何高罗")
-        return first + "".join(rng.choice("明丽华芳强军敏静伟洋勇艳杰娟涛超秀霞平刚桂英玉兰飞云雷宁")
-            for _ in range(rng.randint(1, 2)))
-    syllables = [rng.choice("BCDFGHJKLMNPRSTVWZ").lower() + rng.choice(("a", "e", "i", "o", "u", "ee", "oo", "ai"))
-        for _ in range(rng.randint(1, 3))]
-    return ("".join(syllables) + rng.choice(("", "n", "l", "s", "x", "r", "t", "k", "ck", "ny", "by"))).capitalize()
+        first = rng.choice(
+            "小阿大老王李张刘陈林黄周吴徐孙马朱胡郭何高罗"
+            if rng.random() < 0.6
+            else _common_hanzi()
+        )
+        given = (
+            "明丽华芳强军敏静伟洋勇艳杰娟涛超秀霞平刚桂英玉兰飞云雷宁"
+            if rng.random() < 0.3
+            else _common_hanzi()
+        )
+        return first + "".join(rng.choice(given) for _ in range(rng.randint(1, 2)))
+    starts = (
+        "B C D F G H J K L M N P R S T V W Z Ch Sh Th Br Cr Dr Fr Gr Kl Pl St Sw Tr Wh Qu".split()
+    )
+    middles = "a e i o u a e i o u ee oo ai ea ou ie".split()
+    ends = [
+        "",
+        "",
+        "n",
+        "l",
+        "s",
+        "x",
+        "r",
+        "t",
+        "k",
+        "d",
+        "m",
+        "ck",
+        "nd",
+        "lf",
+        "ng",
+        "rt",
+        "ny",
+        "by",
+        "ia",
+        "o",
+    ]
+    made = "".join(
+        rng.choice(starts) + rng.choice(middles) for _ in range(rng.randint(1, 3))
+    ) + rng.choice(ends)
+    if rng.random() < 0.25:
+        made = rng.choice("AEIOU") + rng.choice("bdglmnrstvx") + made
+    if rng.random() < 0.3:  # two halves of real names
+        one, two = rng.choice(EN_NAMES), rng.choice(EN_NAMES)
+        made = one[: rng.randint(2, len(one))] + two[rng.randint(0, len(two) - 1) :]
+    return made.capitalize()
+
+
+@lru_cache(maxsize=1)
+def _common_hanzi() -> str:
+    """The 3,755 usual characters of GB 2312's first level."""
+    codes = (bytes((row, cell)) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
+    return "".join(code.decode("gb2312", "ignore") for code in codes)
 
 
 def _pronouns(kind: str) -> tuple[str, str, str]:
-    return {"girl": ("she", "her", "her"), "boy": ("he", "his", "him")}.get(kind, ("it", "its", "it"))
+    pronoun = PEOPLE[kind][1] if kind in PEOPLE else "it"
+    return {"she": ("she", "her", "her"), "he": ("he", "his", "him"), "it": ("it", "its", "it")}[
+        pronoun
+    ]
 
 
 def _en_kind(kind: str, rng: random.Random) -> str:
@@ -342,36 +606,54 @@ def _en_kind(kind: str, rng: random.Random) -> str:
 
 
 def _zh_kind(kind: str) -> str:
-    people = {"girl": "一个小女孩", "boy": "一个小男孩", "robot": "一个机器人", "dragon": "一条小龙"}
-    return people.get(kind) or f"一只{ANIMALS[kind]}"
+    if kind in PEOPLE:
+        return f"一个{PEOPLE[kind][0]}"
+    return {"robot": "一个机器人", "dragon": "一条小龙"}.get(kind) or f"一只{ANIMALS[kind]}"
 
 
 def _en_request(rng: random.Random, c: Cast) -> tuple[str, list[str]]:
-    tell_me = rng.choice(("Tell me a story", "Tell me a short story", "Write a story", "Write a short story", "Can you tell me a story"))
-    a_hero, a_friend = (("an " if k[0] in "aeiou" else "a ") + k for k in (c.hero_kind, c.friend_kind))
-    both = [c.hero, c.friend]
-    human = c.hero_kind in ("girl", "boy")
+    sort = rng.choice(("", "", "", "short ", "little ", "bedtime ", "funny ", "nice ", "happy "))
+    asks = (
+        "Tell me a {}story",
+        "Tell me a {}story",
+        "Write a {}story",
+        "Can you tell me a {}story",
+        "I want a {}story",
+    )
+    asks += (
+        "Please tell me a {}story",
+        "A {}story",
+        "Make up a {}story",
+        "Could you write a {}story",
+    )
+    tell_me = rng.choice(asks).format(sort)
+    a_hero, a_friend = (
+        ("an " if k[0] in "aeiou" else "a ") + k for k in (c.hero_kind, c.friend_kind)
+    )
+    both, (_, his, _) = [c.hero, c.friend], _pronouns(c.hero_kind)
     forms: list[tuple[str, list[str]]] = [
         ("", []),
         (f" about {c.hero} and {a_friend} named {c.friend}", both),
         (f" about {c.hero} and {a_friend} named {c.friend}", both),
         (f" about {c.hero} and {a_friend} called {c.friend}", both),
         (f" about {a_hero} named {c.hero} and {a_friend} named {c.friend}", both),
+        (f" about {a_hero} named {c.hero} and {his} friend {c.friend}", both),
         (f" about {a_hero} called {c.hero}", [c.hero]),
+        (f" about {a_hero} named {c.hero}", [c.hero]),
         (f" about {a_hero}", []),
         (f" about {a_hero} and {a_friend}", []),
-        (f" about {c.hero} in {c.place}", [c.hero]),
-        (f" about {a_hero} in {c.place}", []),
+        (f" about {c.hero} {c.place}", [c.hero]),
+        (f" about {a_hero} {c.place}", []),
+        (f" with {c.hero} and {c.friend}", both),
     ]
-    if human:
+    if c.hero_kind in ("girl", "boy"):
         forms += [(f" about {c.hero}", [c.hero]), (f" about {c.hero} and {c.friend}", both)]
+        forms += [(f" about {c.hero} and {his} {c.friend_kind} {c.friend}", both)] * 2
     about, fixed = rng.choice(forms)
-    end = "?" if tell_me.startswith("Can") else "."
+    end = "?" if tell_me.startswith("C") else "."
     request = tell_me + about + end
-    if rng.random() < 0.12:
+    if rng.random() < 0.15:
         request = request[0].lower() + request[1:].rstrip(".")
-    if rng.random() < 0.08:
-        request = "Please " + request[0].lower() + request[1:]
     return request, fixed
 
 
@@ -382,21 +664,33 @@ def _zh_request(rng: random.Random, c: Cast) -> tuple[str, list[str]]:
         ("讲一个故事。", []),
         ("给我讲个故事吧。", []),
         ("请写一个短故事。", []),
+        ("讲个睡前故事。", []),
         (f"讲一个关于{c.hero}和{friend}{c.friend}的故事。", both),
         (f"讲一个{c.hero}和{friend}{c.friend}的故事。", both),
         (f"讲一个关于{c.hero}和{c.friend}的故事。", both),
+        (f"写一个{hero}{c.hero}和{friend}{c.friend}的故事。", both),
+        (f"讲一个关于{c.hero}和叫{c.friend}的{friend}的故事。", both),
         (f"请讲一个关于{hero}{c.hero}的故事。", [c.hero]),
         (f"讲一个关于{c.hero}的故事。", [c.hero]),
+        (f"讲一个{c.hero}在{PLACES[c.place]}的故事。", [c.hero]),
         (f"写一个关于{hero}的故事。", []),
         (f"讲一个{hero}和{friend}的故事。", []),
     ]
-    return rng.choice(forms)
+    request, fixed = rng.choice(forms)
+    return request.rstrip("。") if rng.random() < 0.15 else request, fixed
+
+
+def _asked_and_cast(rng: random.Random, lang: str) -> tuple[str, list[str], Cast]:
+    """A request, the names it fixes, and the cast with names of our own for the others."""
+    cast = _cast(rng, lang)
+    request, fixed = (_zh_request if lang == "zh" else _en_request)(rng, cast)
+    return request, fixed, _with_own_names(rng, lang, cast, fixed)
 
 
 def thing_story(rng: random.Random, lang: str) -> tuple[str, str]:
     """A request that names only a thing, with a story in which the thing matters."""
     while True:
-        cast = _cast(rng, lang)
+        cast = _unnamed(rng, lang)
         story = tell(rng, lang, cast)
         thing = THINGS[cast.thing] if lang == "zh" else cast.thing
         if story.count(thing) >= 2:
@@ -404,14 +698,23 @@ def thing_story(rng: random.Random, lang: str) -> tuple[str, str]:
     if lang == "zh":
         return rng.choice((f"讲一个关于{thing}的故事。", f"写一个有{thing}的故事。")), story
     a = ("an " if thing[0] in "aeiou" else "a ") + thing
-    lost = f"a lost {thing}" if " gone" in story or "not find" in story else a
-    return rng.choice((f"Tell me a story about {lost}.", f"Write a short story about {lost}.")), story
+    if " gone" in story or "not find" in story:
+        who = ("an " if cast.hero_kind[0] in "aeiou" else "a ") + cast.hero_kind
+        his = _pronouns(cast.hero_kind)[1]
+        a = rng.choice(
+            (f"a lost {thing}", f"{who} who lost {his} {thing}", f"{who} who lost a {thing}")
+        )
+    return rng.choice((f"Tell me a story about {a}.", f"Write a short story about {a}.")), story
 
 
 def story_in(rng: random.Random, asked_in: str, told_in: str) -> tuple[str, str]:
     """A request in one language, a story in the other."""
-    request = rng.choice(("讲一个故事。", "给我讲个故事吧。") if asked_in == "zh" else ("Tell me a story.", "Write a short story."))
-    return request, tell(rng, told_in, _cast(rng, told_in))
+    request = rng.choice(
+        ("讲一个故事。", "给我讲个故事吧。")
+        if asked_in == "zh"
+        else ("Tell me a story.", "Write a short story.")
+    )
+    return request, tell(rng, told_in, _unnamed(rng, told_in))
 
 
 def story_chat(rng: random.Random, lang: str) -> list[tuple[str, str]]:
@@ -420,21 +723,36 @@ def story_chat(rng: random.Random, lang: str) -> list[tuple[str, str]]:
     if rng.random() < 0.15:
         turns = [thing_story(rng, lang)]
     else:
-        cast = _cast(rng, lang)
-        request, _ = (_zh_request if zh else _en_request)(rng, cast)
+        request, _, cast = _asked_and_cast(rng, lang)
         turns = [(request, tell(rng, lang, cast))]
         luck = rng.random()
         if luck < 0.12:
-            wish = rng.choice(("短一点。", "能短一些吗?")) if zh else rng.choice(("Shorter, please.", "Make it shorter.", "A shorter one."))
+            wish = (
+                rng.choice(("短一点。", "能短一些吗?"))
+                if zh
+                else rng.choice(("Shorter, please.", "Make it shorter.", "A shorter one."))
+            )
             turns.append((wish, tell(rng, lang, cast, short=True)))
     luck = rng.random()
     if luck < 0.15:
-        wish = rng.choice(("再讲一个。", "还有吗?", "再来一个故事。")) if zh else rng.choice(("Another one.", "Another one, please!", "One more story."))
-        turns.append((wish, tell(rng, lang, _cast(rng, lang))))
+        wish = (
+            rng.choice(("再讲一个。", "还有吗?", "再来一个故事。"))
+            if zh
+            else rng.choice(("Another one.", "Another one, please!", "One more story."))
+        )
+        turns.append((wish, tell(rng, lang, _unnamed(rng, lang))))
     elif luck < 0.25:
         other = "en" if zh else "zh"
-        wish = rng.choice(("用英文讲一个。", "讲一个英文故事。")) if zh else rng.choice(("In Chinese, please.", "Tell one in Chinese.", "Now in Chinese."))
-        turns.append((wish, tell(rng, other, _cast(rng, other))))
+        wish = (
+            rng.choice(("用英文讲一个。", "讲一个英文故事。"))
+            if zh
+            else rng.choice(("In Chinese, please.", "Tell one in Chinese.", "Now in Chinese."))
+        )
+        turns.append((wish, tell(rng, other, _unnamed(rng, other))))
     elif luck < 0.35:
-        turns.append(("谢谢!", "不客气!") if zh else (rng.choice(("Thank you!", "Thanks, I liked it.")), "You are welcome!"))
+        turns.append(
+            ("谢谢!", "不客气!")
+            if zh
+            else (rng.choice(("Thank you!", "Thanks, I liked it.")), "You are welcome!")
+        )
     return [(full_width(question), full_width(answer)) for question, answer in turns]

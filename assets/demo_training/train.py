@@ -17,18 +17,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import LlavaForConditionalGeneration
-
 import conversations
 import heldout
 import model as demo
 import scenes
+import torch
 from muon import Muon
 from save import save_folder
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import LlavaForConditionalGeneration
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +36,12 @@ class Batches(IterableDataset):
     """An endless stream of training batches, each made by one worker."""
 
     def __init__(self, tokenizer_file: Path, rows: int, text_rows: int, seed: int) -> None:
-        self.tokenizer_file, self.rows, self.text_rows, self.seed = tokenizer_file, rows, text_rows, seed
+        self.tokenizer_file, self.rows, self.text_rows, self.seed = (
+            tokenizer_file,
+            rows,
+            text_rows,
+            seed,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         torch.set_num_threads(1)
@@ -60,23 +64,31 @@ class Trainer:
         ids = [tokenizer.token_to_id(t) for t in conversations.SPECIALS]
         torch.manual_seed(args.seed)
         if args.start:
-            self.model = LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+            self.model = LlavaForConditionalGeneration.from_pretrained(
+                args.start, dtype=torch.float32
+            )
         else:
             config = demo.build_config(tokenizer.get_vocab_size(), ids[0], ids[2], ids[3])
             self.model = LlavaForConditionalGeneration(config)
             scale_init(self.model)
         self.model.to(self.device)
         classes = (len(scenes.SHAPES) + 2, len(scenes.COLOURS) + 1, len(scenes.CHARS) + 1)
-        self.heads = demo.PatchHeads(self.model.config.vision_config.hidden_size, classes).to(self.device)
+        self.heads = demo.PatchHeads(self.model.config.vision_config.hidden_size, classes).to(
+            self.device
+        )
         matrices, others = split_parameters(self.model)
         others += list(self.heads.parameters())
         self.muon = Muon(matrices)
         fused = self.device.type == "cuda"
-        self.adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.97), weight_decay=0.01, fused=fused)
+        self.adam = torch.optim.AdamW(
+            others, lr=args.lr, betas=(0.9, 0.97), weight_decay=0.01, fused=fused
+        )
         compiled = torch.compile if args.compile else (lambda f: f)
         self.image_loss, self.text_loss = compiled(self._image_loss), compiled(self._text_loss)
 
-    def _image_loss(self, pixels: Tensor, labels: Tensor, slots: Tensor, ids: Tensor, learn: Tensor) -> tuple:
+    def _image_loss(
+        self, pixels: Tensor, labels: Tensor, slots: Tensor, ids: Tensor, learn: Tensor
+    ) -> tuple:
         features = demo.encode_images(self.model, demo.normalise(pixels))
         x = demo.embed(self.model, ids, features, slots)
         hidden = demo.decode(self.model, x)
@@ -115,7 +127,9 @@ def scale_init(model: LlavaForConditionalGeneration) -> None:
     nn.init.normal_(tower.class_embedding, std=0.3)
 
 
-def split_parameters(model: LlavaForConditionalGeneration) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_parameters(
+    model: LlavaForConditionalGeneration,
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices for Muon; embeddings, norms, biases and the patch convolution for AdamW."""
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -127,7 +141,9 @@ def split_parameters(model: LlavaForConditionalGeneration) -> tuple[list[nn.Para
 
 
 @torch.no_grad()
-def measure(trainer: Trainer, maker: conversations.RowMaker, held: list[heldout.ImageQuestion]) -> dict[str, float]:
+def measure(
+    trainer: Trainer, maker: conversations.RowMaker, held: list[heldout.ImageQuestion]
+) -> dict[str, float]:
     """Exact match per category: greedy decoding gives the answer iff every argmax along it is right."""
     right: dict[str, list[bool]] = {}
     device = trainer.device
@@ -141,12 +157,16 @@ def measure(trainer: Trainer, maker: conversations.RowMaker, held: list[heldout.
             ids[row, : len(row_ids)] = torch.tensor(row_ids)
             learn[row, : len(row_ids)] = torch.tensor(row_learn, dtype=torch.bool)
         slots = (ids == maker.image).flatten().nonzero().flatten().to(device)
-        pixels = torch.stack([torch.from_numpy(conversations.to_pixels(q.image).copy()) for q in part])
+        pixels = torch.stack(
+            [torch.from_numpy(conversations.to_pixels(q.image).copy()) for q in part]
+        )
         ids, learn = ids.to(device), learn.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             features = demo.encode_images(trainer.model, demo.normalise(pixels.to(device)))
             hidden = demo.decode(trainer.model, demo.embed(trainer.model, ids, features, slots))
-            best = torch.nn.functional.linear(hidden[:, :-1], trainer.model.lm_head.weight).argmax(-1)
+            best = torch.nn.functional.linear(hidden[:, :-1], trainer.model.lm_head.weight).argmax(
+                -1
+            )
         fine = ((best == ids[:, 1:]) | ~learn[:, 1:]).all(1).tolist()
         for q, ok in zip(part, fine, strict=True):
             right.setdefault(q.category, []).append(ok)
@@ -171,7 +191,9 @@ def run(args: argparse.Namespace) -> dict:
     batches = iter(loader)
     trainer = Trainer(args, tokenizer)
     held = list(heldout.image_questions(args.held_out))
-    print(f"ready after {time.time() - started:.0f} s; {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
+    print(
+        f"ready after {time.time() - started:.0f} s; {sum(p.numel() for p in trainer.model.parameters()):,} parameters"
+    )
     history, losses, step, waited = [], [], 0, 0.0
     next_measure, window = time.time() + args.measure_every, time.time()
     while (progress := (time.time() - started) / budget_s) < 1 and step < args.max_steps:
@@ -182,7 +204,9 @@ def run(args: argparse.Namespace) -> dict:
         losses.append(trainer.step(batch, progress, step))
         step += 1
         if step == 1:
-            print(f"first step after {time.time() - started:.0f} s: {losses[0].tolist()}", flush=True)
+            print(
+                f"first step after {time.time() - started:.0f} s: {losses[0].tolist()}", flush=True
+            )
         if step % args.log_every == 0:
             image, patch, text = torch.stack(losses).mean(0).tolist()
             rate = args.log_every * args.rows / (time.time() - window)
@@ -201,7 +225,9 @@ def run(args: argparse.Namespace) -> dict:
     save_folder(trainer.model, args.output, args.max_shard_size)
     unseen = list(heldout.image_questions(600, seed=1, unseen_phrasing=True))
     results = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else platform.processor() or "cpu",
         "torch": torch.__version__,
         "commit": commit(),
         "seed": args.seed,
@@ -219,22 +245,35 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+    )
     return found.stdout.strip() or "unknown"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, default=HERE.parent / "demo_model" / "tokenizer.json")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=HERE.parent / "demo_model" / "tokenizer.json"
+    )
     parser.add_argument("--start", type=Path, help="continue from this model folder")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--rows", type=int, default=256, help="image conversations a step")
-    parser.add_argument("--text-rows", type=int, default=24, help="packed rows of 1,024 text tokens a step")
+    parser.add_argument(
+        "--text-rows", type=int, default=24, help="packed rows of 1,024 text tokens a step"
+    )
     parser.add_argument("--text-weight", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1, help="below 32, so that held-out seeds stay unseen")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="below 32, so that held-out seeds stay unseen"
+    )
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--reuse", type=int, default=1, help="steps on every batch")
     parser.add_argument("--held-out", type=int, default=2000)
