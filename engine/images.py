@@ -92,8 +92,8 @@ def _decode(data: bytes) -> Image.Image:
         )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise RequestError(_too_many_pixels("over 178 million")) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RequestError(_too_many_pixels("far too many")) from None
     except _BROKEN:  # Pillow's own message holds a heap address
         raise RequestError(
             "The image is not a readable PNG, JPEG or WebP picture. Save it as one of these."

@@ -501,7 +501,12 @@ def _load_sentencepiece(file: Path, config: Mapping[str, Any]) -> PreTrainedToke
     gives to reserved entries ([UNUSED_TOKEN_145] is <|im_end|>).
     """
     model = SentencePieceModel.read(file)
+    older = _read_json(file.with_name("added_tokens.json"))  # {token: id}
     added = {
+        i: tokenizers.AddedToken(token, normalized=False, special=True)
+        for token, i in older.items()
+    }
+    added |= {
         int(i): _added_token(token)
         for i, token in (config.get("added_tokens_decoder") or {}).items()
     }
@@ -520,7 +525,7 @@ def _load_sentencepiece(file: Path, config: Mapping[str, Any]) -> PreTrainedToke
             ("pad_token", None),
         )
     }
-    return LlamaTokenizer(
+    tokenizer = LlamaTokenizer(
         vocab=ids,
         merges=model.merges(ids),
         add_prefix_space=model.add_dummy_prefix,
@@ -530,6 +535,13 @@ def _load_sentencepiece(file: Path, config: Mapping[str, Any]) -> PreTrainedToke
         added_tokens_decoder=dict(sorted(added.items())),
         **{name: token for name, token in named.items() if token},
     )
+    for i, token in added.items():
+        if tokenizer.backend_tokenizer.token_to_id(token.content) != i:
+            raise ModelError(
+                f"The tokenizer files give token {token.content!r} the id {i}, which does not follow "
+                "tokenizer.model. Save the tokenizer with transformers to get a tokenizer.json."
+            )
+    return tokenizer
 
 
 def _added_token(token: Any) -> tokenizers.AddedToken:

@@ -20,7 +20,8 @@ from engine.engine import Engine
 from engine.errors import RequestError
 
 MAX_BODY_BYTES = 48 * 2**20
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+BODY_TIMEOUT_S = 120.0
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE"]
 _CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 T = TypeVar("T")
 
@@ -137,10 +138,16 @@ async def _read_body(request: Request) -> bytes:
     if length.isascii() and length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
         raise _too_large()
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+    except TimeoutError:
+        raise ApiError(
+            408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s. Send it again."
+        ) from None
     return bytes(body)
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.api import create_router
+from engine.api import create_router, routes
 from engine.api.completion import LogprobGate
 from engine.types import Finished, Logprob, TextDelta, Timing, Usage
 from tests.fakes import FakeEngine, FakeHost
@@ -502,6 +502,14 @@ def test_body_of_unknown_length_is_cut_at_the_limit(local):
 
     headers = {"content-type": "application/json"}
     check_error(local.post(CHAT, content=endless(), headers=headers), 413)
+
+
+def test_body_that_never_ends_is_given_up(url, monkeypatch):
+    monkeypatch.setattr(routes, "BODY_TIMEOUT_S", 0.2)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
+        assert raw.recv(65536).startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_first_frame_of_an_animation(form):
     assert load_image(content).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(10_000, 5_001), (13_000, 13_000), (2**31 - 1, 2**31 - 1)])
 def test_size_is_bounded_from_the_header(size):
     with pytest.raises(RequestError, match=r"million are accepted|damaged|not a readable"):

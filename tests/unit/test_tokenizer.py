@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.errors import ModelError, RequestError
 from engine.tokenizer import StreamDecoder, Tokenizer
-from tests.fakes import byte_level_folder, sentencepiece_folder
+from tests.fakes import CORPUS, byte_level_folder, sentencepiece_folder
 
 IM_TOKENS = ("<|im_start|>", "<|im_end|>")
 PIECES = [
@@ -224,6 +224,29 @@ def test_bos_is_added_once_by_the_tokenizer(loaded):
     ids = tokenizer.encode("the dog", add_special_tokens=True)
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids == tokenizer.encode_marked("the \ue000", {"\ue000": "dog"}, add_special_tokens=True)
+
+
+def test_added_tokens_json_follows_the_sentencepiece_ids(tmp_path):
+    folder = sentencepiece_folder(tmp_path)
+    size = Tokenizer.load(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": size}))
+    assert Tokenizer.load(folder).control_id("<image>") == size
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": size + 5}))
+    with pytest.raises(ModelError, match="does not follow"):
+        Tokenizer.load(folder)
+
+
+def test_unigram_sentencepiece_file_is_refused_by_kind(tmp_path):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=file,
+            vocab_size=200,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    with pytest.raises(ModelError, match="not a BPE sentencepiece model"):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
