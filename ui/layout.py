@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -34,10 +35,10 @@ def build_page(service: StudioService) -> gr.Blocks:
     return page
 
 
-def mount(app: FastAPI, service: StudioService) -> FastAPI:
-    """Put the page at / of `app`. Routes that must win over it are added to `app` before."""
+def mount(app: FastAPI, service: StudioService, hosts: Sequence[str] | None = None) -> FastAPI:
+    """Put the page at / of `app`, after routes that must win over it; hosts as in PagePolicy."""
     app.include_router(status.create_router(service))
-    app.add_middleware(PagePolicy)
+    app.add_middleware(PagePolicy, hosts=hosts)
     page = build_page(service)
     return gr.mount_gradio_app(
         app,

@@ -1,13 +1,21 @@
-"""What a browser may do with our pages: talk to this server, and to nobody else.
+"""What a browser may do with our pages: talk to this server, and to nobody else; and who may open them.
 
 Answers are rendered as Markdown, so a model could be talked into writing a picture whose address carries
-the conversation to a stranger. The content security policy makes the browser refuse that.
+the conversation to a stranger. The content security policy makes the browser refuse that. A page that
+only this machine should see does not answer to a foreign host name, which is how a web site could reach
+it through its owner's browser (DNS rebinding). The API has its own guard (engine.api).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import PlainTextResponse
+
+from ui.text import text
+
+API_PREFIX = "/v1/"
 # Gradio's page needs inline scripts and styles, and builds functions for its HTML templates.
 POLICY = "; ".join(
     [
@@ -33,10 +41,14 @@ PAGE_HEADERS = [
 
 
 class PagePolicy:
-    """ASGI middleware that adds the headers above to every HTML response."""
+    """ASGI middleware: the headers above on every HTML response, and only the given host names.
 
-    def __init__(self, app: Any) -> None:
+    hosts None answers to any name.
+    """
+
+    def __init__(self, app: Any, hosts: Sequence[str] | None) -> None:
         self._app = app
+        self._hosts = hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_with_policy(message: Any) -> None:
@@ -47,4 +59,16 @@ class PagePolicy:
                     message = {**message, "headers": headers + PAGE_HEADERS}
             await send(message)
 
-        await self._app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif self._is_welcome(scope):
+            await self._app(scope, receive, send_with_policy)
+        else:
+            refusal = PlainTextResponse(text("error.foreign_host"), status_code=403)
+            await refusal(scope, receive, send)
+
+    def _is_welcome(self, scope: Any) -> bool:
+        if self._hosts is None or scope["path"].startswith(API_PREFIX):
+            return True
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        return host.rpartition(":")[0] in self._hosts or host in self._hosts

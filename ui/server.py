@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from engine import EngineConfig, EngineError, ModelError
 from ui import layout
@@ -27,7 +26,7 @@ from ui.text import text
 if TYPE_CHECKING:
     from engine import ModelHost
 
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 CLOSE_GRACE_S = 1
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
@@ -54,10 +53,9 @@ class StudioServer:
         app = FastAPI(title=text("app.title"), docs_url=None, redoc_url=None)
         for router in routers:
             app.include_router(router)
-        if server_name in LOOPBACK and not share:  # a stranger's host name must not lead here
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+        only_here = server_name in LOOPBACK and not share
         settings = uvicorn.Config(
-            layout.mount(app, self._service),
+            layout.mount(app, self._service, LOOPBACK if only_here else None),
             log_level="critical",
             timeout_graceful_shutdown=CLOSE_GRACE_S,
         )

@@ -6,10 +6,12 @@ import os
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from tests.browser.chromium import ARGUMENTS, find_chromium
 from tests.browser.studio import running_studio
+
+expect.set_options(timeout=60_000)  # against a hang; a slow machine is no failure
 
 # What Gradio's client reports about the streams that a reload cuts off; no trouble of ours.
 CUT_OFF = ("AbortError: signal is aborted", "Unexpected error Connection errored out")

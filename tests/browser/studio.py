@@ -37,7 +37,7 @@ class Studio:
 def running_studio(*arguments: str) -> Iterator[Studio]:
     command = [
         sys.executable,
-        os.environ.get("LMDECK_APP", "app.py"),
+        "app.py",
         "--server-port",
         "0",
         "--device",

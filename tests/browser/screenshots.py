@@ -1,0 +1,55 @@
+"""Takes the README's pictures with the demo model: light, dark, and as on a phone.
+
+`python -m tests.browser.screenshots` writes assets/screenshots/*.png.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from playwright.sync_api import Page, sync_playwright
+
+from tests.browser.chromium import ARGUMENTS, find_chromium
+from tests.browser.studio import ROOT, running_studio
+
+FOLDER = ROOT / "assets" / "screenshots"
+SAMPLES = ROOT / "assets" / "samples"
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 380, "height": 740}
+SHOTS = (("light", "light", DESKTOP), ("dark", "dark", DESKTOP), ("phone", "light", PHONE))
+QUESTION = "What is in this picture?"
+
+
+def converse(page: Page) -> None:
+    """A question about a sample picture, or a greeting while there is none."""
+    picture = next(iter(sorted(SAMPLES.glob("*.png"))), None)
+    if picture is not None:
+        page.set_input_files("#composer input[type=file]", picture)
+        page.locator("#composer .thumbnail-item").wait_for()
+    page.fill("#composer textarea", QUESTION if picture else "Hello, who are you?")
+    page.click("#composer .submit-button")
+    page.locator("#chat-log .lm-stats").wait_for()
+
+
+def main() -> int:
+    path = find_chromium()
+    if path is None:
+        print("No Chromium found; install one or set PLAYWRIGHT_CHROMIUM to its path.")
+        return 1
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with running_studio() as studio, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        for name, theme, size in SHOTS:
+            page = browser.new_context(viewport=size, reduced_motion="reduce").new_page()
+            page.goto(f"{studio.url}/?__theme={theme}")
+            page.locator("#lm-name:not(:empty)").wait_for()
+            page.locator("#composer textarea").wait_for()
+            converse(page)
+            page.mouse.move(0, 0)
+            page.screenshot(path=FOLDER / f"chat_{name}.png")
+            print(FOLDER / f"chat_{name}.png")
+        browser.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
