@@ -14,6 +14,7 @@ _HOMES = {
         "ConfigError",
         "EngineError",
         "ModelError",
+        "QueueFullError",
         "RequestError",
     ),
     "engine.host": ("ModelHost",),

@@ -22,7 +22,14 @@ import torch
 from engine.blocks import BlockManager
 from engine.chat import ChatTemplate
 from engine.config import EngineConfig
-from engine.errors import CapacityError, ConfigError, EngineError, ModelError, RequestError
+from engine.errors import (
+    CapacityError,
+    ConfigError,
+    EngineError,
+    ModelError,
+    QueueFullError,
+    RequestError,
+)
 from engine.models.families import read_spec, with_rope_scaling_factor
 from engine.models.spec import ModelSpec
 from engine.models.weights import Model, check_weights, load_model
@@ -261,7 +268,7 @@ class Engine:
             if self._is_closed:
                 raise EngineError("The model was unloaded. Load a model and try again.")
             if self._num_open >= limit:
-                raise CapacityError(
+                raise QueueFullError(
                     f"{self._num_open} requests are in the queue, which is full. Try again later."
                 )
             self._num_open += 1

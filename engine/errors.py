@@ -14,7 +14,11 @@ class ModelError(EngineError):
 
 
 class CapacityError(EngineError):
-    """Not enough memory for a model, or no room left in the queue; names bytes or counts."""
+    """Not enough memory for a model or a request; names the bytes."""
+
+
+class QueueFullError(CapacityError):
+    """As many requests wait as the engine takes; the same request may pass a little later."""
 
 
 class RequestError(EngineError):

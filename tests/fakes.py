@@ -12,7 +12,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from engine.errors import CapacityError, EngineError, RequestError
+from engine.errors import EngineError, QueueFullError, RequestError
 from engine.tokenizer import StreamDecoder
 from engine.tokenizer import Tokenizer as EngineTokenizer
 from engine.types import (
@@ -120,7 +120,7 @@ class FakeEngine:
         if "REFUSE" in said:
             raise RequestError("Prompt has 9,120 tokens; this model accepts 8,192. Shorten it.")
         if "FULL" in said:
-            raise CapacityError("1 requests are in the queue, which is full. Try again later.")
+            raise QueueFullError("1 requests are in the queue, which is full. Try again later.")
         self.num_started += 1
         self.num_open += 1
         try:

@@ -16,7 +16,13 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from engine.errors import CapacityError, ConfigError, EngineError, RequestError
+from engine.errors import (
+    CapacityError,
+    ConfigError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +75,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError | ConfigError):
         return ApiError(400, str(error))
     if isinstance(error, CapacityError):
+        is_full = isinstance(error, QueueFullError)
+        code = "queue_full" if is_full else "out_of_memory"
         headers = {"Retry-After": "1"}
-        return ApiError(429, str(error), code="capacity_exceeded", headers=headers)
+        return ApiError(429 if is_full else 503, str(error), code=code, headers=headers)
     if isinstance(error, EngineError):
         return ApiError(503, str(error), code="engine_error")
     if isinstance(error, HTTPException):

@@ -22,6 +22,8 @@ from PIL import Image
 
 from engine.api import create_router, routes
 from engine.api.completion import LogprobGate
+from engine.api.errors import as_api_error
+from engine.errors import CapacityError, QueueFullError
 from engine.types import Finished, Logprob, TextDelta, Timing, Usage
 from tests.fakes import FakeEngine, FakeHost
 
@@ -639,3 +641,11 @@ def test_one_hundred_simultaneous_answers_stay_apart(url):
     texts = [answer["choices"][0]["message"]["content"] for answer in answers]
     assert texts == [f"echo: canary-{i}" for i in range(100)]
     assert len({answer["id"] for answer in answers}) == 100
+
+
+def test_a_full_queue_is_429_and_out_of_memory_is_503():
+    full = as_api_error(QueueFullError("2 requests are in the queue."))
+    memory = as_api_error(CapacityError("Out of memory while answering this request."))
+    assert (full.status, full.code) == (429, "queue_full")
+    assert (memory.status, memory.code) == (503, "out_of_memory")
+    assert full.headers == memory.headers == {"Retry-After": "1"}

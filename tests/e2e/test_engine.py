@@ -19,6 +19,7 @@ from engine import (
     ImagePart,
     ModelError,
     ModelHost,
+    QueueFullError,
     Request,
     RequestError,
     SamplingParams,
@@ -360,7 +361,7 @@ def test_a_full_queue_refuses_and_recovers(checkpoint):
     second = threading.Thread(target=lambda: next(streams[1], None))
     second.start()
     wait_until(lambda: engine.stats().waiting == 1)
-    with pytest.raises(CapacityError, match="2 requests are in the queue"):
+    with pytest.raises(QueueFullError, match="2 requests are in the queue"):
         next(engine.stream(Request(prompt(3, 5), params)))
     streams[0].close()
     second.join()
