@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 IMAGE_SIZE = 144
 IMAGE_TOKENS = 144
-IMAGE_ROW_LEN = 416
+IMAGE_ROW_LEN = 512
 TEXT_ROW_LEN = 1024
 END, START, STOP, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
 SPECIALS = (END, START, STOP, IMAGE)
@@ -90,7 +90,7 @@ def image_conversation(seed: int, num_images: int) -> tuple[Conversation, list[s
         turns.insert(0, Turn(*smalltalk.chat_turn(rng, lang)))
     for scene in shown:
         turns += _talk(
-            scene, rng, lang, 3 if num_images == 2 else 12, bool(turns and turns[-1].images == 1)
+            scene, rng, lang, 4 if num_images == 2 else 14, bool(turns and turns[-1].images == 1)
         )
     return Conversation(system, turns), shown
 
@@ -112,10 +112,14 @@ def _talk(
             aside = smalltalk.chat_turn(rng, language)
             if not any(word in aside[1] for word in ("attach", "上传")):  # a picture is here
                 asked.append(aside)
+    if rng.random() < 0.12:
+        chat = stories.story_chat(rng, lang)
+        at = rng.randint(1, min(4, len(asked)))
+        asked[at:at] = chat[:1]
     if 0.3 <= luck < 0.65:
         asked.insert(rng.randint(1, min(4, len(asked))), questions.describe(scene, rng, lang))
     turns = [Turn(*pair) for pair in asked]
-    if not shown or (count == 3 and turns):
+    if not shown or (count == 4 and turns):
         turns[0] = Turn(_with_image(rng, asked[0][0]), asked[0][1], 1)
     return turns
 
@@ -146,6 +150,10 @@ def text_conversation(rng: random.Random) -> Conversation:
         if rng.random() < 0.15:
             turns.append(smalltalk.chat_turn(rng, lang))
         turns += stories.story_chat(rng, lang)
+    elif luck < 0.75:  # a long talk
+        for _ in range(rng.randint(2, 4)):
+            turns += stories.story_chat(rng, lang)
+            turns += [smalltalk.chat_turn(rng, lang) for _ in range(rng.randint(0, 3))]
     else:
         turns += [smalltalk.chat_turn(rng, lang) for _ in range(rng.randint(1, 5))]
     return Conversation(system, [Turn(*pair) for pair in turns])

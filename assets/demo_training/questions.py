@@ -380,8 +380,8 @@ def _description(scene: Scene, zh: bool) -> str:
         if zh:
             ground = f"只有{ZH_COLOURS[scene.background]}的背景," if scene.background else ""
             return f"这是一张空白的图片,{ground}什么也没有画。"
-        plain = f"plain {scene.background}, with" if scene.background else "with"
-        return f"This is an empty picture: {plain} nothing drawn on it."
+        plain = f": plain {scene.background}," if scene.background else ""
+        return f"This is an empty picture{plain} with nothing drawn on it."
     if scene.kind in ("noise", "plasma", "gradient", "clutter", "fractal"):
         return (
             "我没有看到认识的形状,只有混在一起的颜色。"
@@ -1027,6 +1027,9 @@ def _describe_across(scene: Scene, rng: random.Random, lang: str, held_out: bool
     forms = (
         "Describe the picture in Chinese.",
         "Describe this image in Chinese.",
+        "describe the picture in chinese",
+        "In Chinese: what is in this picture?",
+        "Tell me in Chinese what you see.",
         "What do you see? Answer in Chinese.",
     )
     return rng.choice(forms), description(scene, "zh")
@@ -1055,24 +1058,67 @@ def _outermost(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> A
 
 def _story(scene: Scene, rng: random.Random, lang: str, held_out: bool) -> Asked:
     """A very short story about what is drawn."""
-    if len(scene.shapes) < 2:
-        return None
-    a, b = in_reading_order(scene)[:2]
-    if (a.name, a.colour) == (b.name, b.colour):
-        return None
-    x, y = f"the {a.colour} {a.name}", f"the {b.colour} {b.name}"
-    if lang == "zh":
-        x, y = noun(a, "zh"), noun(b, "zh")
-        tale = f"从前有一个{x}和一个{y}。{x}觉得很孤单,就去找{y}玩。他们一起玩到天黑,成了好朋友。"
-        return rng.choice(("看图讲一个故事。", "根据这张图片讲个故事。")), tale
-    tale = f"Once there was {noun(a, 'en')} and {noun(b, 'en')}. One day {x} felt lonely and went to see {y}."
-    tale += " They played together until it grew dark, and they became good friends."
-    forms = (
-        "Tell me a story about this picture.",
-        "Make up a story about this image.",
-        "Write a story for this picture.",
-    )
-    return rng.choice(forms), tale
+    zh = lang == "zh"
+    if zh:
+        request = rng.choice(
+            ("看图讲一个故事。", "根据这张图片讲个故事。", "讲一个关于这张图的故事。")
+        )
+    else:
+        forms = ("Tell me a story about this picture.", "Make up a story about this image.")
+        forms += ("Write a story for this picture.", "Tell a story about what you see.")
+        request = rng.choice(forms)
+    heroes = _heroes(scene, lang)
+    if not heroes:
+        nothing = (
+            "图里没有我认识的东西,讲不出故事。"
+            if zh
+            else "I see nothing here that I could tell a story about."
+        )
+        return request, nothing
+    if len(heroes) == 1:
+        x = heroes[0]
+        if zh:
+            return (
+                request,
+                f"从前有{x[0]}。{x[1]}想看看外面的世界,可是又有点害怕。有一天,{x[1]}勇敢地出发了,交到了很多朋友。",
+            )
+        tale = f"Once there was {x[0]}. {x[1][0].upper()}{x[1][1:]} wanted to see the world but was a little afraid."
+        return request, tale + f" One day {x[1]} set out all the same and found many friends."
+    x, y = heroes[:2]
+    if zh:
+        tale = (
+            f"从前有{x[0]}和{y[0]}。{x[1]}觉得很孤单,就去找{y[1]}玩。他们一起玩到天黑,成了好朋友。"
+        )
+        return request, tale
+    tale = f"Once there was {x[0]} and {y[0]}. One day {x[1]} felt lonely and went to see {y[1]}."
+    return request, tale + " They played together until it grew dark, and they became good friends."
+
+
+def _heroes(scene: Scene, lang: str) -> list[tuple[str, str]]:
+    """Up to two different things of the picture: how a story introduces them and calls them then."""
+    zh = lang == "zh"
+    found = []
+    if scene.place:
+        name = PLACES_ZH[scene.kind] if zh else scene.kind
+        one = {
+            "house": "一座",
+            "car": "一辆",
+            "tree": "一棵",
+            "face": "一张",
+            "flower": "一朵",
+            "boat": "一条",
+        }
+        found.append((one[scene.kind] + name, name) if zh else (_article(name), f"the {name}"))
+        if "sun" in scene.place:
+            found.append(("太阳", "太阳") if zh else ("the sun", "the sun"))
+    for s in in_reading_order(scene):
+        word = noun(s, "zh") if zh else f"{s.colour} {s.name}"
+        found.append((f"一个{word}", word) if zh else (_article(word), f"the {word}"))
+    for text in scene.texts:
+        kind = ("数字" if zh else "number ") if text.is_number else ("单词" if zh else "word ")
+        shown = text.text if text.is_number else (f"“{text.text}”" if zh else f'"{text.text}"')
+        found.append((f"{kind}{shown}",) * 2 if zh else (f"the {kind}{shown}",) * 2)
+    return list(dict.fromkeys(found))[:2]
 
 
 _MAKERS: dict[str, Callable[[Scene, random.Random, str, bool], Asked]] = {
@@ -1117,7 +1163,7 @@ _WEIGHTS = {
     "any_of_colour": 4,
     "on_side": 8,
     "colours": 3,
-    "describe_across": 1,
+    "describe_across": 3,
     "outermost": 12,
     "story": 4,
 }

@@ -118,10 +118,12 @@ def make_scene(seed: int, kind: str | None = None, more_fonts: bool = False) -> 
     """
     rng = random.Random(seed)
     kind_drawn = rng.choices(
-        ("shapes", "shapes_text", "number", "word", "place", "nothing"), (59, 12, 11, 7, 7, 4)
+        ("shapes", "shapes_text", "number", "word", "place", "nothing"), (57, 12, 11, 9, 7, 4)
     )[0]
     kind = kind or kind_drawn
     width, height = _canvas(rng)
+    if kind == "word" and rng.random() < 0.4:
+        height = round(width / rng.uniform(1.3, 3.0))
     scene = Scene(seed, kind, width, height)
     if kind == "nothing":
         scene.kind = rng.choice(
@@ -140,7 +142,7 @@ def make_scene(seed: int, kind: str | None = None, more_fonts: bool = False) -> 
         _add_text(scene, rng, number, font, room=1.0 if kind != "shapes_text" else 0.45)
     if kind in ("shapes", "shapes_text"):
         _add_shapes(scene, rng, _how_many(rng, kind))
-    scene.kind = "shapes" if scene.shapes else "text"
+    scene.kind = "shapes" if scene.shapes else "text" if scene.texts else "blank"
     return scene
 
 

@@ -319,7 +319,7 @@ EN: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "How long have you existed?",
         ),
         (
-            "I am quite new: I was trained in less than a quarter of an hour.",
+            "I am quite new: I was trained in about twenty minutes.",
             "I have no age. I am a small program.",
         ),
     ),
@@ -641,7 +641,7 @@ def _chat_turn(rng: random.Random, lang: str) -> tuple[str, str]:
     asks, answers = rng.choice(ZH if zh else EN)
     question = rng.choice(asks)
     if rng.random() < 0.12:
-        question = question.lower().rstrip("?.!。?!")
+        question = question.lower().rstrip("?.!。")
     return question, rng.choice(answers)
 
 
