@@ -20,7 +20,9 @@
     set(find("#toggle-settings"), "aria-expanded", String(open));
   };
   const settingsOpen = () => document.documentElement.dataset.settings === "open";
-  showSettings(WIDE.matches && localStorage.getItem("lmdeck-settings") !== "closed");
+  const settle = () => showSettings(WIDE.matches && localStorage.getItem("lmdeck-settings") !== "closed");
+  WIDE.addEventListener("change", settle);
+  settle();
 
   document.addEventListener("click", (event) => {
     if (event.target.closest("#toggle-settings")) {

@@ -25,6 +25,7 @@ from ui.settings import Settings, build_settings
 from ui.text import text
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "samples"
+PICTURE_EXAMPLES = (("boat.png", "example.picture.1"), ("shapes.png", "example.picture.2"))
 UPDATE_PERIOD_S = 0.05
 PICTURE_TYPES = [".png", ".jpg", ".jpeg", ".webp"]
 LATEX = [
@@ -264,9 +265,9 @@ def _empty_state(images: bool) -> str:
 
 def _examples(images: bool) -> list[dict[str, Any]]:
     """Prompts for the empty chat: with sample pictures for a model that sees, else text alone."""
-    pictures = sorted(SAMPLES.glob("*.png"))[:2] if images else []
     with_pictures = [
-        {"text": text(f"example.picture.{number}"), "files": [str(picture)]}
-        for number, picture in enumerate(pictures, 1)
+        {"text": text(key), "files": [str(SAMPLES / name)]}
+        for name, key in PICTURE_EXAMPLES
+        if images and (SAMPLES / name).is_file()
     ]
     return [*with_pictures, {"text": text("example.text.1")}, {"text": text("example.text.2")}]

@@ -98,7 +98,8 @@ def _answer(answer: Answer) -> list[dict[str, Any]]:
     if rest.strip():
         messages.append(_message("assistant", rest))
     elif answer.phase is Phase.WAITING:
-        messages.append(_aside(text("chat.waiting"), "waiting"))
+        key = "chat.waiting_model" if answer.waits_for_model else "chat.waiting"
+        messages.append(_aside(text(key), "waiting"))
     if answer.phase is Phase.FAILED:
         messages.append(_aside(answer.error, "error"))
     elif answer.phase.is_final:

@@ -41,6 +41,7 @@ class Answer:
     settings: dict[str, Any]
     text: str = ""
     phase: Phase = Phase.WAITING
+    waits_for_model: bool = False
     error: str = ""
     finish_reason: str = ""
     prompt_tokens: int | None = None

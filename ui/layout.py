@@ -47,6 +47,7 @@ def mount(app: FastAPI, service: StudioService, hosts: Sequence[str] | None = No
         theme=studio_theme(),
         css_paths=[ASSETS / "style.css"],
         head=_script(),
+        allowed_paths=[str(chat.SAMPLES)],
         max_file_size=MAX_UPLOAD_BYTES,
         show_error=False,
         run_history=False,

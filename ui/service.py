@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +237,7 @@ class StudioService:
     ) -> None:
         """Make these the conversation's turns and answer the last; the caller holds its lock."""
         params = _sampling_params(settings)  # first: a refusal must change nothing
-        answer = Answer(settings)
+        answer = Answer(settings, waits_for_model=not self._settled.is_set())
         conversation.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
         conversation.notice = ""
         conversation.changed()
@@ -252,6 +252,9 @@ class StudioService:
             while not self._settled.is_set():
                 await asyncio.sleep(MODEL_POLL_S)
             engine = self._host.get()
+            with conversation.lock:
+                answer.waits_for_model = False
+                conversation.changed()
             messages = await asyncio.to_thread(_messages, conversation, answer)
             async with aclosing(engine.astream(Request(messages, params))) as events:
                 await _drain(events, conversation, answer)
@@ -339,7 +342,8 @@ def _content(turn: Turn) -> str | tuple[TextPart | ImagePart, ...]:
     for file in turn.files:
         if not os.path.exists(file):
             raise RequestError(text("error.picture_gone"))
-        os.utime(file)  # the page's upload cache deletes by age; this one is in use
+        with suppress(OSError):  # a sample may lie on a disk that cannot be written
+            os.utime(file)  # the page's upload cache deletes by age; this one is in use
         pictures.append(ImagePart(load_image(file)))
     words = (TextPart(turn.text),) if turn.text.strip() else ()
     return (*pictures, *words)

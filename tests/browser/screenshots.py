@@ -13,19 +13,16 @@ from tests.browser.chromium import ARGUMENTS, find_chromium
 from tests.browser.studio import ROOT, running_studio
 
 FOLDER = ROOT / "assets" / "screenshots"
-SAMPLES = ROOT / "assets" / "samples"
+PICTURE = ROOT / "assets" / "samples" / "boat.png"
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 380, "height": 740}
 SHOTS = (("light", "light", DESKTOP), ("dark", "dark", DESKTOP), ("phone", "light", PHONE))
-QUESTION = "What is in this picture?"
 
 
 def converse(page: Page) -> None:
-    """A question about a sample picture, or a greeting while there is none."""
-    picture = next(iter(sorted(SAMPLES.glob("*.png"))), None)
-    if picture is not None:
-        page.set_input_files("#composer input[type=file]", picture)
-        page.locator("#composer .thumbnail-item").wait_for()
-    page.fill("#composer textarea", QUESTION if picture else "Hello, who are you?")
+    """A question about a sample picture, and its answer."""
+    page.set_input_files("#composer input[type=file]", PICTURE)
+    page.locator("#composer .thumbnail-item").wait_for()
+    page.fill("#composer textarea", "What is in this picture?")
     page.click("#composer .submit-button")
     page.locator("#chat-log .lm-stats").wait_for()
 
