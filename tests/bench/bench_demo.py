@@ -105,10 +105,12 @@ def measure_engine(engine: Engine) -> dict:
         "engine_first_token_text_s": _median(event.timing.first_token_s for event in text),
     }
     pictures = []
-    for shade in range(REPEATS):  # each differs by a pixel, so no KV or feature is shared
+    for shade in range(REPEATS):  # each differs in a corner, so no KV or feature is shared
         picture = Image.open(PICTURE).convert("RGB")
-        picture.putpixel((0, 0), (shade, 0, 0))
+        picture.paste((40 * shade, 0, 0), (0, 0, picture.width // 4, picture.height // 4))
         pictures.append(run(engine, [request("Describe this image.", picture)])[0])
+    if any(event.usage.cached_tokens for event in pictures):
+        raise SystemExit("The pictures share their KV; first token would be measured too short.")
     figures["engine_first_token_picture_s"] = _median(e.timing.first_token_s for e in pictures)
     rates = []
     for _ in range(REPEATS):
@@ -148,6 +150,7 @@ class Peer:
         self.processor = AutoProcessor.from_pretrained(MODEL)
         loaded = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=getattr(torch, dtype))
         self.model = loaded.to(device).eval()
+        self.model.generation_config.eos_token_id = None  # every answer runs to its full length
 
     def inputs(self, text: str, picture: Image.Image | None = None) -> dict:
         image = [] if picture is None else [{"type": "image", "image": picture}]
@@ -164,9 +167,7 @@ class Peer:
     @torch.inference_mode()
     def generate(self, inputs: dict, tokens: int) -> list[list[int]]:
         """Greedy, exactly `tokens` new tokens a row."""
-        output = self.model.generate(
-            **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
-        )
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def measure(self) -> dict:
@@ -197,9 +198,7 @@ def check_same_answers(engine: Engine, peer: Peer) -> None:
         asked = Request(request(text, image).prompt, params)
         events = [event for event in engine.stream(asked) if isinstance(event, TextDelta)]
         ours = [token for event in events for token in event.token_ids]
-        theirs = peer.model.generate(
-            **peer.inputs(text, image), do_sample=False, max_new_tokens=40, eos_token_id=-1
-        )[0, -40:].tolist()
+        theirs = peer.generate(peer.inputs(text, image), 40)[0]
         if ours != theirs:
             raise SystemExit(f"{text!r}: the engine answers {ours}, transformers {theirs}.")
 

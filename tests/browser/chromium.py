@@ -36,14 +36,23 @@ def find_chromium() -> str | None:
     return own if Path(own).exists() else None
 
 
+def install_chromium() -> bool:
+    """Debian's package where this user may install it, else Playwright's own build."""
+    playwright = [sys.executable, "-m", "playwright", "install", "chromium"]
+    commands = [playwright]
+    if shutil.which("apt-get") and os.geteuid() == 0:
+        commands = [["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "chromium"]]
+    return all(subprocess.run(command, check=False).returncode == 0 for command in commands)
+
+
 def main() -> int:
     if find_chromium():
         return 0
-    print("No Chromium found; installing Playwright's own for the browser tests.")
-    done = subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
-    if done.returncode:
-        print("That failed. Install Chromium, or set PLAYWRIGHT_CHROMIUM to a browser's path.")
-    return done.returncode if os.environ.get("CI") else 0
+    print("No Chromium found; installing one for the browser tests.")
+    if install_chromium():
+        return 0
+    print("That failed. Install Chromium, or set PLAYWRIGHT_CHROMIUM to a browser's path.")
+    return 1 if os.environ.get("CI") else 0
 
 
 if __name__ == "__main__":
