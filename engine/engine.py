@@ -8,12 +8,13 @@ sequences are tried one by one. The idea of a loop with an inbox is vLLM's and S
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +25,23 @@ from engine.chat import ChatTemplate
 from engine.config import EngineConfig
 from engine.errors import (
     CapacityError,
-    ConfigError,
     EngineError,
     ModelError,
     QueueFullError,
     RequestError,
 )
 from engine.models.families import read_spec, with_rope_scaling_factor
-from engine.models.spec import ModelSpec
 from engine.models.weights import Model, check_weights, load_model
 from engine.prompt import PromptBuilder
+from engine.resolve import (
+    check_format,
+    resolve_device,
+    resolve_dtype,
+    resolve_session_len,
+    shareable_tokens,
+)
 from engine.runner import Runner
-from engine.sampler import Sampler, TokenLogprobs
+from engine.sampler import INVALID_TOKEN, Sampler, TokenLogprobs
 from engine.scheduler import Scheduler, Work
 from engine.sequence import Sequence
 from engine.tokenizer import StreamDecoder, Tokenizer
@@ -43,7 +49,8 @@ from engine.types import ChatMessage, Event, Finished, FinishReason, Logprob, Re
 
 log = logging.getLogger(__name__)
 
-STALL_S = 30.0  # a step that takes longer makes the engine unhealthy
+STALL_S = {"cuda": 30.0, "cpu": 300.0}  # a step that takes longer makes the engine unhealthy
+UNLOADED = "The model was unloaded. Load a model and try again."
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Engine:
         self._num_open = 0
         self._is_closed = False
         self._step_began: float | None = None
+        self._is_broken = False  # the device gave up; only a new process helps
         self._thread = threading.Thread(target=self._loop, name=f"engine-{self.name}", daemon=True)
         self._thread.start()
 
@@ -117,11 +125,11 @@ class Engine:
         folder = Path(config.model).expanduser()
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder. Give the folder that holds config.json.")
-        device = _resolve_device(config.device)
+        device = resolve_device(config.device)
         spec = with_rope_scaling_factor(read_spec(folder), config.rope_scaling_factor)
-        session_len = _resolve_session_len(spec, config)
-        _check_format(spec, config)
-        dtype = _resolve_dtype(config.dtype, spec, device)
+        session_len = resolve_session_len(spec, config)
+        check_format(spec, config)
+        dtype = resolve_dtype(config.dtype, spec, device)
         check_weights(folder, spec)
         tokenizer = Tokenizer.load(folder, spec)
         template = ChatTemplate.load(folder, tokenizer, spec, config.chat_template)
@@ -131,6 +139,8 @@ class Engine:
             return cls(model, config, device, session_len, tokenizer, prompts)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory("loading the model", error) from error
+        finally:
+            _return_unused_memory(device)
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Yield TextDelta events and one Finished; closing the generator aborts the request.
@@ -157,10 +167,11 @@ class Engine:
         events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
 
         def deliver(event: Event | EngineError) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         submitting = loop.run_in_executor(None, self._submit, request, deliver)
+        del request  # its pictures are large, and the sequence has what it needs of them
         try:
             sequence = await asyncio.shield(submitting)
         except asyncio.CancelledError:
@@ -197,8 +208,9 @@ class Engine:
     def healthy(self) -> bool:
         """The loop runs, and the step in progress is not stuck."""
         began = self._step_began
-        stalled = began is not None and time.monotonic() - began > STALL_S
-        return self._thread.is_alive() and not stalled
+        limit_s = STALL_S[self.device.partition(":")[0]]
+        stalled = began is not None and time.monotonic() - began > limit_s
+        return self._thread.is_alive() and not stalled and not self._is_broken
 
     def close(self) -> None:
         """End every request with an error, stop the loop and give the memory back. Idempotent."""
@@ -209,38 +221,43 @@ class Engine:
         self._inbox.put(lambda: None)
         self._thread.join()
         self._runner.free()
-        gc.collect()
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        self._sampler.free()
+        _return_unused_memory(torch.device(self.device))
 
     # The caller's side: these run on the threads of those who ask.
 
     def _submit(self, request: Request, sink: Callable[[Event | EngineError], None]) -> Sequence:
+        arrived = time.perf_counter()
         self._reserve()
         try:
-            sequence = self._make_sequence(request, sink)
+            sequence = self._make_sequence(request, sink, arrived)
+            with self._admission:  # nothing enters once `close` has said that the loop ends
+                if self._is_closed:
+                    raise EngineError(UNLOADED)
+                self._inbox.put(lambda: self._enter(sequence))
         except BaseException:
             self._unreserve()
             raise
-        self._inbox.put(lambda: self._enter(sequence))
         return sequence
 
     def _make_sequence(
-        self, request: Request, sink: Callable[[Event | EngineError], None]
+        self, request: Request, sink: Callable[[Event | EngineError], None], arrived: float
     ) -> Sequence:
         params = request.params
-        outside = [t for t in params.logit_bias if t >= self.spec.vocab_size]
-        if outside:
-            raise RequestError(
-                f"logit_bias names token {outside[0]}; this model has tokens 0 to "
-                f"{self.spec.vocab_size - 1}."
-            )
+        self._check_tokens("logit_bias", params.logit_bias)
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
         prompt = self._prompts.build(request)
         length = len(prompt.token_ids)
         if length >= self.max_context:
+            held = self._runner.num_blocks * self._runner.block_size
+            advice = (
+                "give the KV cache more room (cache_max_entry_count, cache_bytes or cache_tokens)"
+                if self.max_context == held
+                else "load the model with a larger session_len"
+            )
             raise RequestError(
                 f"Prompt has {length:,} tokens; this model accepts {self.max_context - 1:,} and needs "
-                "one for the answer. Shorten the prompt or load the model with a larger session_len."
+                f"one for the answer. Shorten the prompt, or {advice}."
             )
         room = self.max_context - length
         answer = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
@@ -258,15 +275,24 @@ class Engine:
             images=prompt.images,
             decoder=decoder,
             sink=sink,
-            num_shareable=_shareable_tokens(self.spec, length),
+            num_shareable=shareable_tokens(self.spec, length),
+            arrived=arrived,
         )
+
+    def _check_tokens(self, name: str, token_ids: Iterable[int]) -> None:
+        size = self.spec.vocab_size
+        outside = [token for token in token_ids if not 0 <= token < size]
+        if outside:
+            raise RequestError(
+                f"{name} names token {outside[0]}; this model has tokens 0 to {size - 1}."
+            )
 
     def _reserve(self) -> None:
         """Count the request in before its prompt is built, so that a burst cannot pass the limit."""
         limit = self.config.max_waiting + self.config.max_batch_size
         with self._admission:
             if self._is_closed:
-                raise EngineError("The model was unloaded. Load a model and try again.")
+                raise EngineError(UNLOADED)
             if self._num_open >= limit:
                 raise QueueFullError(
                     f"{self._num_open} requests are in the queue, which is full. Try again later."
@@ -285,11 +311,9 @@ class Engine:
     # The loop's side: everything below runs on the engine's own thread.
 
     def _loop(self) -> None:
-        while True:
-            self._drain_inbox()
-            if self._is_closed:
-                break
+        while not self._is_closed:
             try:
+                self._drain_inbox()
                 self._step_began = time.monotonic()
                 self._step()
             except Exception:
@@ -298,6 +322,8 @@ class Engine:
                 self._fail_all(EngineError("The engine failed on this step; please try again."))
             finally:
                 self._step_began = None
+        while not self._inbox.empty():
+            self._inbox.get()()
         self._fail_all(EngineError("The model was unloaded while it was answering."))
 
     def _drain_inbox(self) -> None:
@@ -354,13 +380,17 @@ class Engine:
         params = sequence.params
         if sequence.num_output >= params.min_new_tokens:
             return ()
-        return tuple({*self._tokenizer.eos_token_ids, *params.stop_token_ids})
+        ends = {*self._tokenizer.eos_token_ids, *params.stop_token_ids}
+        return tuple(token for token in ends if token < self.spec.vocab_size)
 
     def _commit(
         self, work: list[Work], outcomes: list[tuple[int, TokenLogprobs | None] | None]
     ) -> None:
         for item, outcome in zip(work, outcomes, strict=True):
             token, logprobs = outcome or (None, None)
+            if token == INVALID_TOKEN:
+                self._fail(item.sequence, EngineError(_NOT_FINITE.format(dtype=self.dtype)))
+                continue
             self._scheduler.commit(item, token)
             if token is not None:
                 self._completion_tokens += 1
@@ -410,6 +440,12 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             error = _out_of_memory("answering this request", error)
+        elif isinstance(error, torch.AcceleratorError):
+            log.critical("the device failed", exc_info=error)
+            self._is_broken = True
+            error = EngineError(
+                "The GPU reported an error that it cannot recover from. Restart LMDeck."
+            )
         elif not isinstance(error, EngineError):
             log.error("request %d failed", sequence.id, exc_info=error)
             error = EngineError(
@@ -433,59 +469,17 @@ class Engine:
         self._unreserve()
 
 
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices. "
-            "Use device auto or cpu, or install an NVIDIA driver and a CUDA build of torch."
-        )
-    return device
+_NOT_FINITE = (
+    "The model computed NaN or Inf for this request in {dtype}. Load it with dtype bfloat16 or float32; "
+    "if that fails too, its weights are damaged."
+)
 
 
-def _resolve_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """auto: fp32 on the CPU, where half types gain nothing; on a GPU what the checkpoint has."""
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        name = "float16" if spec.dtype == "float32" else spec.dtype
-    return getattr(torch, name)
-
-
-def _shareable_tokens(spec: ModelSpec, prompt_len: int) -> int | None:
-    """Dynamic NTK turns keys by the length of their own prompt once that exceeds the limit."""
-    if spec.rope.kind != "dynamic":
-        return None
-    limit = spec.rope.original_max_position
-    return limit if prompt_len <= limit else 0
-
-
-def _resolve_session_len(spec: ModelSpec, config: EngineConfig) -> int:
-    """session_len as asked, or the model's own; only dynamic NTK goes beyond the latter."""
-    asked = config.session_len
-    if asked is None:
-        return int(spec.max_position * max(config.rope_scaling_factor, 1))
-    if asked > spec.max_position and spec.rope.kind != "dynamic":
-        raise ConfigError(
-            f"session_len is {asked:,}; this model has {spec.max_position:,} positions. "
-            "Lower session_len, or set rope_scaling_factor (dynamic NTK) to stretch them."
-        )
-    return asked
-
-
-def _check_format(spec: ModelSpec, config: EngineConfig) -> None:
-    found = "hf" if spec.quant is None else "awq"
-    if config.model_format not in ("auto", found):
-        raise ConfigError(
-            f"model_format is {config.model_format!r}, but the checkpoint is of format {found!r}."
-        )
+def _return_unused_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later, so that the next load sees it as free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _out_of_memory(doing: str, error: torch.OutOfMemoryError) -> CapacityError:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import RequestError
+from engine.errors import EngineError, RequestError
 
 
 class ModelHost:
@@ -18,6 +18,7 @@ class ModelHost:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
+        self._is_closed = False
         self._loading = threading.Lock()
 
     def load(
@@ -25,6 +26,8 @@ class ModelHost:
     ) -> Engine:
         """Load, then swap: the previous model answers until the new one is ready, and on failure."""
         with self._loading:
+            if self._is_closed:
+                raise EngineError("LMDeck is ending; no model is loaded any more.")
             engine = Engine.load(config, on_progress)
             previous, self._engine = self._engine, engine
             if previous is not None:
@@ -45,7 +48,8 @@ class ModelHost:
         return [] if self._engine is None else [self._engine.name]
 
     def close(self) -> None:
-        """Unload. Requests in flight end with an error."""
+        """Unload for good, once a load in progress has ended. Requests in flight end with an error."""
+        self._is_closed = True
         with self._loading:
             engine, self._engine = self._engine, None
             if engine is not None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from engine.sequence import Sequence
 
+INVALID_TOKEN = -1  # stands for a row whose logits are not finite
+MIN_TEMPERATURE = 1e-6  # below it fp32 cannot tell the rest from zero: the likeliest token is sure
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -43,13 +46,15 @@ class Sampler:
         """logits [B, V] float32, changed in place -> one token id a row, and logprobs where asked.
 
         banned[b] are the token ids that row b must not pick now (ends before min_new_tokens).
+        A row with NaN or Inf yields INVALID_TOKEN.
         """
+        is_finite = logits.isfinite().all(dim=-1)
         logprobs = _LogprobRows(logits, sequences)
         self._ban_and_bias(logits, sequences, banned)
         self._penalize(logits, sequences)
         tokens = self._pick(logits, sequences)
         self._count(sequences, tokens)
-        ids = tokens.tolist()
+        ids = tokens.masked_fill(~is_finite, INVALID_TOKEN).tolist()
         return ids, logprobs.collect(ids)
 
     def release(self, sequence: Sequence) -> None:
@@ -57,6 +62,10 @@ class Sampler:
         row = self._row_of.pop(sequence.id, None)
         if row is not None:
             self._free_rows.append(row)
+
+    def free(self) -> None:
+        """Let go of the counts; nothing is sampled after this."""
+        self._output_counts = self._in_prompt = None
 
     def _ban_and_bias(
         self, logits: Tensor, sequences: Rows[Sequence], banned: Rows[tuple[int, ...]]
@@ -94,10 +103,11 @@ class Sampler:
         if not rows:
             return greedy
         params = [sequences[b].params for b in rows]
-        uniform = self._column([sequences[b].rng.random() for b in rows])
+        uniform = self._column([sequences[b].uniform() for b in rows])
         index = self._tensor(rows)
-        logits = logits[index] / self._column([p.temperature for p in params])
-        values, order = logits.sort(dim=-1, descending=True)
+        temperature = self._column([max(p.temperature, MIN_TEMPERATURE) for p in params])
+        values, order = logits[index].sort(dim=-1, descending=True)
+        values = (values - values[:, :1]) / temperature
         probs = values.softmax(dim=-1)
         ranks = torch.arange(probs.shape[-1], device=probs.device)
         limits = self._tensor([p.top_k or probs.shape[-1] for p in params]).unsqueeze(1)
@@ -110,7 +120,7 @@ class Sampler:
         cumulative = probs.cumsum(dim=-1)
         picked = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
         # Rounding can put the point past the last token that was kept.
-        picked = torch.minimum(picked, (probs > 0).sum(dim=-1, keepdim=True) - 1)
+        picked = torch.minimum(picked, (probs > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
         return greedy.index_copy(0, index, order.gather(1, picked).squeeze(1))
 
     def _count(self, sequences: Rows[Sequence], tokens: Tensor) -> None:

@@ -33,6 +33,7 @@ class Sequence:
         decoder: StreamDecoder | None = None,
         sink: Callable[[object], None] = lambda event: None,
         num_shareable: int | None = None,
+        arrived: float | None = None,
     ) -> None:
         self.id = next(_ids)
         self.tokens = list(prompt_ids)
@@ -43,7 +44,8 @@ class Sequence:
         self.decoder = decoder
         self.sink = sink
         self.num_shareable = num_shareable  # first tokens whose KV fits others too; None: all
-        self.rng = random.Random(params.seed)
+        seed = params.seed
+        self.rng = random.Random(None if seed is None else seed % 2**64)  # Random(-1) is Random(1)
         self.block_table: list[int] = []
         self.num_computed = 0
         self.num_shared: int | None = None  # prompt tokens found in the cache at first admission
@@ -51,7 +53,8 @@ class Sequence:
         self.is_finished = False
         self.is_aborted = False
         self._hashes: list[bytes] = []
-        self._arrived = time.perf_counter()
+        self._uniform = (-1, 0.0)  # for which answer token, and the number
+        self._arrived = time.perf_counter() if arrived is None else arrived
         self._admitted: float | None = None
         self._first_token: float | None = None
 
@@ -77,6 +80,12 @@ class Sequence:
             self._hashes.append(digest.digest())
         return self._hashes[:num_blocks]
 
+    def uniform(self) -> float:
+        """The random number in [0, 1) for the next token, the same one if its step is tried again."""
+        if self._uniform[0] != self.num_output:
+            self._uniform = (self.num_output, self.rng.random())
+        return self._uniform[1]
+
     def mark_admitted(self, num_shared: int) -> None:
         if self._admitted is None:
             self._admitted = time.perf_counter()
@@ -96,6 +105,7 @@ class Sequence:
 
     def timing(self) -> Timing:
         now = time.perf_counter()
+        # Arrival is when the request was made, before its template and pictures were worked on.
         admitted = self._admitted or now
         first = self._first_token or now
         prefilled = self.num_prompt - (self.num_shared or 0)

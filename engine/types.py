@@ -63,7 +63,7 @@ class SamplingParams:
         check("top_p", 0, 1, open_low=True)
         check("top_k", 0, 2**31 - 1)
         check("min_p", 0, 1)
-        check("repetition_penalty", 0, 100, open_low=True)
+        check("repetition_penalty", 0.01, 100)
         check("presence_penalty", -100, 100)
         check("frequency_penalty", -100, 100)
         check("min_new_tokens", 0, 2**31 - 1)
@@ -79,6 +79,8 @@ class SamplingParams:
             raise ConfigError(
                 f"logit_bias has {len(self.logit_bias)} entries; expected at most 1024."
             )
+        if len(self.stop_token_ids) > 1024 or any(token < 0 for token in self.stop_token_ids):
+            raise ConfigError("stop_token_ids takes at most 1024 token ids of at least 0.")
         for token, bias in self.logit_bias.items():
             if token < 0 or not math.isfinite(bias) or abs(bias) > 100:
                 raise ConfigError(

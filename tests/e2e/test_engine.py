@@ -213,6 +213,19 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(checkpoint):
     engine.close()
 
 
+def test_a_kv_cache_that_is_too_small_says_what_to_raise(checkpoint):
+    with pytest.raises(CapacityError, match="room for 64 tokens; session_len asks for 500"):
+        load(checkpoint, session_len=500, cache_tokens=64)
+    with pytest.raises(
+        CapacityError, match=r"KV cache takes [\d,]+ bytes, which cpu does not have"
+    ):
+        load(checkpoint, cache_tokens=10**13)
+    engine = load(checkpoint, cache_tokens=64)
+    with pytest.raises(RequestError, match="give the KV cache more room"):
+        generate(engine, prompt(0, 64))
+    engine.close()
+
+
 def test_an_answer_ends_with_the_context(checkpoint):
     engine = load(checkpoint, session_len=50)
     params = SamplingParams(temperature=0, max_new_tokens=None, ignore_eos=True)
@@ -403,6 +416,122 @@ def test_closing_the_engine_ends_open_streams_with_a_sentence(checkpoint):
     engine.close()
 
 
+def test_closing_ends_requests_that_are_still_on_their_way_in(checkpoint, monkeypatch):
+    engine = load(checkpoint)
+    building, may_build = threading.Event(), threading.Event()
+    build = engine._prompts.build
+
+    def slow(request):
+        building.set()
+        may_build.wait()
+        return build(request)
+
+    monkeypatch.setattr(engine._prompts, "build", slow)
+    outcome = []
+
+    def client():
+        try:
+            generate(engine, prompt(2, 9))
+        except EngineError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    building.wait()
+    engine.close()
+    may_build.set()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert "unloaded" in outcome[0]
+    assert engine._num_open == 0
+
+
+def test_a_request_put_in_during_the_last_step_is_told(checkpoint, monkeypatch):
+    engine = load(checkpoint)
+    stepping, may_step = threading.Event(), threading.Event()
+    forward = engine._runner.forward
+
+    def slow(work):
+        stepping.set()
+        may_step.wait()
+        return forward(work)
+
+    monkeypatch.setattr(engine._runner, "forward", slow)
+    outcomes = []
+
+    def client():
+        try:
+            generate(engine, prompt(2, 9))
+        except EngineError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=client) for _ in range(2)]
+    threads[0].start()
+    stepping.wait()
+    threads[1].start()
+    wait_until(lambda: not engine._inbox.empty())
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    wait_until(lambda: engine._is_closed)
+    may_step.set()
+    for thread in (*threads, closing):
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert len(outcomes) == 2
+
+
+def test_a_listener_whose_loop_is_gone_hurts_nobody(engine):
+    async def start():
+        stream = engine.astream(Request(prompt(2, 9), SamplingParams(max_new_tokens=300)))
+        await anext(stream)
+        abandoned.append(stream)
+
+    abandoned = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    loop.close()
+    assert len(generate(engine, prompt(3, 10))) == 24
+    assert_idle(engine)
+
+
+def test_a_host_that_was_closed_loads_nothing_more(checkpoint):
+    host = ModelHost()
+    host.close()
+    with pytest.raises(EngineError, match="LMDeck is ending"):
+        host.load(EngineConfig(model=checkpoint, device="cpu", cache_tokens=64))
+
+
+def test_a_model_that_computes_nan_says_so_and_goes_on(checkpoint, monkeypatch):
+    engine = load(checkpoint)
+    forward = engine._runner.forward
+    monkeypatch.setattr(
+        engine._runner, "forward", lambda work: forward(work) + (0 if len(work) > 1 else torch.nan)
+    )
+    with pytest.raises(EngineError, match="NaN or Inf for this request in float32"):
+        generate(engine, prompt(0, 9))
+    monkeypatch.undo()
+    assert len(generate(engine, prompt(0, 9))) == 24
+    assert_idle(engine)
+    engine.close()
+
+
+def test_yarn_stretches_the_context_as_model_cards_say(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = make_checkpoint(
+        tmp_path / "yarn",
+        max_position_embeddings=64,
+        rope_parameters=rope | {"rope_theta": 10000.0},
+    )
+    tiny_tokenizer(folder)
+    engine = load(folder, session_len=256)
+    assert engine.max_context == 256
+    engine.close()
+    with pytest.raises(
+        ConfigError, match=r"session_len is 257; this model has 256 positions. Lower"
+    ):
+        load(folder, session_len=257)
+
+
 def test_a_load_that_fails_leaves_the_loaded_model_answering(checkpoint, tmp_path):
     host = ModelHost()
     with pytest.raises(RequestError, match="No model is loaded"):
@@ -428,6 +557,7 @@ def test_a_load_that_fails_leaves_the_loaded_model_answering(checkpoint, tmp_pat
     ("options", "words"),
     [
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"dtype": "int8"}, "dtype is 'int8'; expected one of auto"),
         ({"session_len": 513}, "session_len is 513; this model has 512"),
         ({"model_format": "awq"}, "model_format is 'awq'"),
         ({"cache_tokens": None, "cache_max_entry_count": 0.0}, "cache_max_entry_count is 0.0"),
@@ -480,9 +610,10 @@ def test_rope_scaling_factor_stretches_the_context(checkpoint):
     engine.close()
 
 
-def test_a_bias_beyond_the_vocabulary_is_refused(engine):
-    with pytest.raises(RequestError, match="logit_bias names token 9999"):
-        next(engine.stream(Request(prompt(0, 5), SamplingParams(logit_bias={9999: 1.0}))))
+@pytest.mark.parametrize("options", [{"logit_bias": {9999: 1.0}}, {"stop_token_ids": (9999,)}])
+def test_a_token_beyond_the_vocabulary_is_refused(engine, options):
+    with pytest.raises(RequestError, match=f"{next(iter(options))} names token 9999"):
+        next(engine.stream(Request(prompt(0, 5), SamplingParams(**options))))
     assert_idle(engine)
 
 

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampler import Sampler
+from engine.sampler import INVALID_TOKEN, Sampler
 from engine.sequence import Sequence
 from engine.types import SamplingParams
 
@@ -77,6 +77,35 @@ def test_tokens_follow_the_distribution_that_transformers_warps(options):
     found = torch.bincount(torch.tensor(tokens), minlength=VOCAB) / rows
     error = (found - expected).abs().max().item()
     assert error <= 1.01 / rows, f"max difference of probability {error}"
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token():
+    torch.manual_seed(4)
+    logits = torch.randn(3, VOCAB) * 50
+    params = SamplingParams(temperature=1e-40)
+    assert sample(logits, [make(params)] * 3)[0] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_is_marked_and_its_neighbours_are_not(bad, temperature):
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 5] = 99.0
+    logits[1, 7] = bad
+    tokens, _ = sample(logits, [make(SamplingParams(temperature=temperature)) for _ in range(3)])
+    assert tokens == [5, INVALID_TOKEN, 5]
+
+
+def test_a_step_that_is_tried_again_draws_the_same_number():
+    params = SamplingParams(seed=3)
+    logits = torch.zeros(1, VOCAB)
+    once, twice = make(params), make(params)
+    sample(logits, [twice])
+    assert sample(logits, [once])[0] == sample(logits, [twice])[0]
+
+
+def test_a_negative_seed_is_a_seed_of_its_own():
+    assert make(SamplingParams(seed=-1)).uniform() != make(SamplingParams(seed=1)).uniform()
 
 
 def test_temperature_zero_is_greedy_beside_rows_that_sample():
@@ -180,7 +209,8 @@ def test_logprobs_are_those_of_the_model_before_any_change(wanted):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"min_p": 1.1}, "min_p is 1.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": 1e-42}, "repetition_penalty is 1e-42"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids takes"),
         ({"presence_penalty": float("inf")}, "presence_penalty is inf"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"logprobs": 21}, "logprobs is 21"),
