@@ -13,13 +13,16 @@ from typing import Literal
 
 from engine.errors import ConfigError
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of one engine.
 
     model: a folder with a Hugging Face checkpoint.
-    cache_max_entry_count: share of the memory that is free after the weights, for KV blocks.
+    cache_max_entry_count: share of the memory that is free after the weights, for KV blocks; None is
+        0.8 on a GPU, and on a CPU as much of 0.8 as one gibibyte or one full session takes.
     cache_bytes, cache_tokens: an absolute KV budget instead of the share; at most one of them.
     session_len: longest prompt plus answer of one request; None takes the model's own.
     max_prefill_token_num: most tokens of one step; longer prompts are read in chunks.
@@ -34,7 +37,7 @@ class EngineConfig:
     session_len: int | None = None
     max_batch_size: int = 64
     max_waiting: int = 1024
-    cache_max_entry_count: float = 0.8
+    cache_max_entry_count: float | None = None
     cache_bytes: int | None = None
     cache_tokens: int | None = None
     cache_block_seq_len: int = 64
@@ -44,6 +47,8 @@ class EngineConfig:
     quant_policy: int = 0
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
         positive = ("max_batch_size", "max_waiting", "cache_block_seq_len", "max_prefill_token_num")
         for name in positive:
             _at_least_one(name, getattr(self, name))
@@ -51,7 +56,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         share = self.cache_max_entry_count
-        if not (math.isfinite(share) and 0 < share <= 1):
+        if share is not None and not (math.isfinite(share) and 0 < share <= 1):
             raise ConfigError(
                 f"cache_max_entry_count is {share}; expected a share of free memory in (0, 1]. "
                 "For an absolute budget use cache_bytes or cache_tokens."

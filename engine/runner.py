@@ -23,6 +23,8 @@ from engine.scheduler import Work
 from engine.types import BatchInputs
 
 IMAGE_CACHE_BYTES = 256 * 2**20
+DEFAULT_SHARE = 0.8
+CPU_KV_BYTES = 2**30  # a default that leaves a desktop its memory
 
 
 class Runner:
@@ -37,7 +39,18 @@ class Runner:
         self._has_dynamic_rope = model.spec.rope.kind == "dynamic"
         self.bytes_per_block = kv_bytes_per_block(model.spec, self.block_size, model.dtype)
         self.num_blocks = self._count_blocks(config, session_len)
-        self._kv = allocate_kv(model.spec, self.num_blocks, self.block_size, model.dtype, device)
+        try:
+            self._kv = allocate_kv(
+                model.spec, self.num_blocks, self.block_size, model.dtype, device
+            )
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # how torch and Python say that memory is short
+            raise CapacityError(
+                f"The KV cache takes {self.num_blocks * self.bytes_per_block:,} bytes, which {device} "
+                "does not have. Lower cache_max_entry_count, cache_bytes or cache_tokens."
+            ) from error
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._feature_bytes = 0
 
@@ -122,15 +135,31 @@ class Runner:
         elif config.cache_bytes is not None:
             count = config.cache_bytes // self.bytes_per_block
         else:
-            budget = int(self._free_bytes(config) * config.cache_max_entry_count)
-            count = min(budget // self.bytes_per_block, useful)
+            count = min(self._budget(config, session_len) // self.bytes_per_block, useful)
         if count < 1:
             raise CapacityError(
                 f"The KV cache has room for {count} blocks of {self.block_size} tokens "
                 f"({self.bytes_per_block:,} bytes each); at least 1 is needed. Raise "
                 "cache_max_entry_count, cache_bytes or cache_tokens, or free device memory."
             )
+        held = count * self.block_size
+        if config.session_len is not None and held < config.session_len:
+            raise CapacityError(
+                f"The KV cache has room for {held:,} tokens; session_len asks for "
+                f"{config.session_len:,}. Raise cache_max_entry_count, cache_bytes or cache_tokens, or "
+                "lower session_len."
+            )
         return count
+
+    def _budget(self, config: EngineConfig, session_len: int) -> int:
+        """Bytes for KV blocks from the share of free memory."""
+        free_bytes = self._free_bytes(config)
+        if config.cache_max_entry_count is not None:
+            return int(free_bytes * config.cache_max_entry_count)
+        if self.device.type == "cuda":
+            return int(free_bytes * DEFAULT_SHARE)
+        session_bytes = -(-session_len // self.block_size) * self.bytes_per_block
+        return min(int(free_bytes * DEFAULT_SHARE), max(CPU_KV_BYTES, session_bytes))
 
     def _free_bytes(self, config: EngineConfig) -> int:
         """Free memory once the largest step has its working memory."""
