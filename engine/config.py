@@ -26,6 +26,7 @@ class EngineConfig:
     cache_bytes, cache_tokens: an absolute KV budget instead of the share; at most one of them.
     session_len: longest prompt plus answer of one request; None takes the model's own.
     max_prefill_token_num: most tokens of one step; longer prompts are read in chunks.
+    quant_policy: bits of the KV cache as in LMDeploy since 0.4: 0 as the model computes, 8 or 4 integers.
     """
 
     model: str | Path
@@ -44,7 +45,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_prefill_token_num: int = 2048
     rope_scaling_factor: float = 0.0
-    quant_policy: int = 0
+    quant_policy: Literal[0, 8, 4] = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -67,9 +68,9 @@ class EngineConfig:
             raise ConfigError(
                 f"rope_scaling_factor is {self.rope_scaling_factor}; expected 0 (off) or a factor >= 1."
             )
-        if self.quant_policy != 0:
+        if self.quant_policy not in (0, 4, 8):
             raise ConfigError(
-                f"quant_policy is {self.quant_policy}; this version keeps the KV cache unquantized (0)."
+                f"quant_policy is {self.quant_policy}; expected 0 (unquantized KV), 8 (int8) or 4 (int4)."
             )
 
 

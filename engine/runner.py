@@ -37,11 +37,12 @@ class Runner:
         self.device = device
         self.block_size = config.cache_block_seq_len
         self._has_dynamic_rope = model.spec.rope.kind == "dynamic"
-        self.bytes_per_block = kv_bytes_per_block(model.spec, self.block_size, model.dtype)
+        policy = config.quant_policy
+        self.bytes_per_block = kv_bytes_per_block(model.spec, self.block_size, model.dtype, policy)
         self.num_blocks = self._count_blocks(config, session_len)
         try:
             self._kv = allocate_kv(
-                model.spec, self.num_blocks, self.block_size, model.dtype, device
+                model.spec, self.num_blocks, self.block_size, model.dtype, device, policy
             )
         except (
             RuntimeError,

@@ -1,16 +1,20 @@
-"""The ops that layers call. Each is the torch reference on every device.
+"""The ops that layers call: Triton on CUDA, the torch reference elsewhere (see the *_ops.py files)."""
 
-TODO: choose a Triton kernel per op and device once the first one lands in this folder.
-"""
-
-from engine.kernels.reference import (
-    AWQ_ORDER,
+from engine.kernels.decoder_ops import (
     add_rms_norm,
-    apply_rotary,
-    dequantize_awq,
+    add_rms_norm_partials,
     paged_attention,
     rms_norm,
+    rotate_and_store,
+    rotate_and_store_partials,
     silu_and_mul,
+    silu_and_mul_partials,
+)
+from engine.kernels.reference import (
+    AWQ_ORDER,
+    apply_rotary,
+    dequantize_awq,
+    project_qkv,
     store_kv,
     unpack_awq,
     varlen_attention,
@@ -20,11 +24,16 @@ from engine.kernels.reference import (
 __all__ = [
     "AWQ_ORDER",
     "add_rms_norm",
+    "add_rms_norm_partials",
     "apply_rotary",
     "dequantize_awq",
     "paged_attention",
+    "project_qkv",
     "rms_norm",
+    "rotate_and_store",
+    "rotate_and_store_partials",
     "silu_and_mul",
+    "silu_and_mul_partials",
     "store_kv",
     "unpack_awq",
     "varlen_attention",

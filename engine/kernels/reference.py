@@ -1,8 +1,8 @@
 """Every op of the decoder in plain torch: the definition that kernels are tested against, and the CPU path.
 
 Dims: T tokens (rows) of B sequences, H query heads, K KV heads, G = H / K, D head size. Half types
-accumulate norms, rotary and softmax in fp32; fp32 stays fp32 throughout. Nothing is quantized here
-except AWQ weights.
+accumulate norms, rotary and softmax in fp32; fp32 stays fp32 throughout. How a quantized KV cache
+rounds is kv_quant.py's knowledge.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from engine.kernels.kv_quant import KVQuant, OnlineKV, dequantize, quantize, quantize_rows
 
 # Column j of every eight sits in nibble AWQ_ORDER.index(j) of its int32, lowest nibble first.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -30,6 +32,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(residual, weight, eps), residual
 
 
+def add_partials(partials: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product [T, N] that split-K sums [S, T, N] fp32 and a bias [N] stand for."""
+    total = partials.sum(0)
+    return (total if bias is None else total + bias).to(dtype)
+
+
+def add_rms_norm_partials(
+    partials: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm with x = add_partials(partials, bias), in residual's type."""
+    return add_rms_norm(add_partials(partials, bias, residual.dtype), residual, weight, eps)
+
+
+def silu_and_mul_partials(partials: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """silu_and_mul of add_partials(partials [S, T, 2 I], bias, dtype)."""
+    return silu_and_mul(add_partials(partials, bias, dtype))
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [T, N, D] by cos, sin [T, D] fp32; dimension i pairs with i + D/2 (neox pairing).
 
@@ -45,13 +65,76 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write rows k, v [T, K, D] to slots [T] of k_cache, v_cache [blocks, block_size, K, D]; -1 skips."""
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    quant: KVQuant | None = None,
+) -> None:
+    """Write rows k, v [T, K, D] to slots [T] of k_cache, v_cache [blocks, block_size, K, D]; -1 skips.
+
+    quant: the caches are uint8 [blocks, block_size, K, D * bits / 8], and rows are quantized first.
+    """
     kept = slots >= 0
     if not kept.all():
         k, v, slots = k[kept], v[kept], slots[kept]
-    k_cache.flatten(0, 1).index_copy_(0, slots, k)
-    v_cache.flatten(0, 1).index_copy_(0, slots, v)
+    if isinstance(quant, OnlineKV):
+        k, k_params = quantize_rows(k, quant.bits)
+        v, v_params = quantize_rows(v, quant.bits)
+        _write_rows(quant.k_params, slots, k_params)
+        _write_rows(quant.v_params, slots, v_params)
+    elif quant is not None:
+        k = quantize(k, quant.k_scale, quant.k_zero, quant.bits)
+        v = quantize(v, quant.v_scale, quant.v_zero, quant.bits)
+    _write_rows(k_cache, slots, k)
+    _write_rows(v_cache, slots, v)
+
+
+def project_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, (H + 2 K) D] -> q [T, H, D] and k [T, K, D], normed if there are weights and rotated; v.
+
+    q_norm, k_norm: RMSNorm weights [D] over each head; both or neither.
+    """
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
+    turning = num_heads + num_kv_heads
+    if q_norm is None:
+        qk = apply_rotary(heads[:, :turning], cos, sin)
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
+    else:
+        q = apply_rotary(rms_norm(heads[:, :num_heads], q_norm, eps), cos, sin)
+        k = apply_rotary(rms_norm(heads[:, num_heads:turning], k_norm, eps), cos, sin)
+    return q, k, heads[:, turning:]
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    quant: KVQuant | None = None,
+) -> Tensor:
+    """project_qkv, then store_kv. Returns q [T, H, D]."""
+    num_kv_heads = k_cache.shape[2]
+    num_heads = qkv.shape[1] // cos.shape[1] - 2 * num_kv_heads
+    q, k, v = project_qkv(qkv, cos, sin, num_heads, num_kv_heads, q_norm, k_norm, eps)
+    store_kv(k, v, k_cache, v_cache, slots, quant)
+    return q
 
 
 def paged_attention(
@@ -65,6 +148,7 @@ def paged_attention(
     num_decodes: int,
     scale: float,
     window: int | None,
+    quant: KVQuant | None = None,
 ) -> Tensor:
     """Causal attention of q [T, H, D] over keys already in the cache. Returns [T, H, D].
 
@@ -84,6 +168,7 @@ def paged_attention(
             max_context_len,
             scale,
             window,
+            quant,
         )
         pieces.append(piece)
     row = batched
@@ -91,8 +176,8 @@ def paged_attention(
     for b, context_len in enumerate(context_on_host, start=batched):
         query_len = query_lens[b]
         first = 0 if window is None else max(0, context_len - query_len - window + 1)
-        k = _gather(k_cache, block_tables[b], first, context_len)
-        v = _gather(v_cache, block_tables[b], first, context_len)
+        k = _gather(k_cache, "k", block_tables[b], first, context_len, quant, q.dtype)
+        v = _gather(v_cache, "v", block_tables[b], first, context_len, quant, q.dtype)
         pieces.append(_attend(q[row : row + query_len], k, v, scale, window))
         row += query_len
     if row < q.shape[0]:
@@ -152,6 +237,7 @@ def _decode_attention(
     max_context_len: int,
     scale: float,
     window: int | None,
+    quant: KVQuant | None,
 ) -> Tensor:
     """One gather of whole blocks and one masked attention for n single-row queries."""
     n, num_heads, head_size = q.shape
@@ -171,8 +257,12 @@ def _decode_attention(
         columns = first_block + torch.arange(num_blocks, device=q.device)
         blocks = block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1))
     blocks = blocks.clamp(min=0).flatten()
-    k = _select_blocks(k_cache, blocks, "k").view(n, -1, num_kv_heads, head_size)
-    v = _select_blocks(v_cache, blocks, "v").view(n, -1, num_kv_heads, head_size)
+    k, v = _select_blocks(k_cache, blocks, "k"), _select_blocks(v_cache, blocks, "v")
+    if quant is not None:
+        k = _to_floats(k, "k", blocks, quant, q.dtype)
+        v = _to_floats(v, "v", blocks, quant, q.dtype)
+    k = k.view(n, -1, num_kv_heads, head_size)
+    v = v.view(n, -1, num_kv_heads, head_size)
     # A hidden row may hold what an earlier request left, NaN included, and 0 * NaN is NaN.
     rows = hidden.flatten().nonzero().squeeze(1)
     k.flatten(0, 1).index_fill_(0, rows, 0)
@@ -208,13 +298,46 @@ def _select_blocks(cache: Tensor, blocks: Tensor, name: str) -> Tensor:
     return torch.index_select(cache, 0, blocks, out=out)
 
 
-def _gather(cache: Tensor, block_table: Tensor, first: int, end: int) -> Tensor:
+def _write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """cache [blocks, block_size, ...] at slots [T] = rows [T, ...]."""
+    if cache.is_contiguous():
+        cache.flatten(0, 1).index_copy_(0, slots, rows)
+    else:  # a block may hold its heads one after another: flattening would write into a copy
+        block_size = cache.shape[1]
+        cache[slots // block_size, slots % block_size] = rows
+
+
+def _gather(
+    cache: Tensor,
+    name: str,
+    block_table: Tensor,
+    first: int,
+    end: int,
+    quant: KVQuant | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """Tokens first..end of one sequence from cache [blocks, block_size, K, D]: [end - first, K, D]."""
     block_size = cache.shape[1]
     start = first // block_size
     blocks = block_table[start : -(-end // block_size)].clamp(min=0)
-    rows = cache.index_select(0, blocks).flatten(0, 1)
-    return rows[first - start * block_size : end - start * block_size]
+    rows = cache.index_select(0, blocks)
+    if quant is not None:
+        rows = _to_floats(rows, name, blocks, quant, dtype)
+    return rows.flatten(0, 1)[first - start * block_size : end - start * block_size]
+
+
+def _to_floats(
+    packed: Tensor, name: str, blocks: Tensor, quant: KVQuant, dtype: torch.dtype
+) -> Tensor:
+    """The quantized `blocks` of the cache called name, uint8 [n, block_size, K, ...], as dtype."""
+    if isinstance(quant, OnlineKV):
+        params = quant.k_params if name == "k" else quant.v_params
+        scale, zero = params.index_select(0, blocks).float().unsqueeze(-2).unbind(-1)
+    elif name == "k":
+        scale, zero = quant.k_scale, quant.k_zero
+    else:
+        scale, zero = quant.v_scale, quant.v_zero
+    return dequantize(packed, scale, zero, quant.bits).to(dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

@@ -41,11 +41,17 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], inputs: BatchInputs, kv: KVCache | None
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden]; without a cache the batch must hold whole sequences."""
-        q, k, v = self._project(x, rotary)
+        qkv = self.qkv(x)
+        q_norm, k_norm, eps = self._norms()
         if kv is None:
+            q, k, v = kernels.project_qkv(
+                qkv, *rotary, self.num_heads, self.num_kv_heads, q_norm, k_norm, eps
+            )
             out = kernels.varlen_attention(q, k, v, inputs.query_lens, self.scale, self.window)
         else:
-            kernels.store_kv(k, v, kv.k, kv.v, inputs.slots)
+            q = kernels.rotate_and_store(
+                qkv, *rotary, q_norm, k_norm, eps, kv.k, kv.v, inputs.slots, kv.quant
+            )
             out = kernels.paged_attention(
                 q,
                 kv.k,
@@ -57,17 +63,14 @@ class Attention(nn.Module):
                 inputs.num_decodes,
                 self.scale,
                 self.window,
+                kv.quant,
+                inputs.cu_seqlens,
+                kv.counters,
             )
         return self.o(out.reshape(x.shape[0], -1))
 
-    def _project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [T, H, D] and k [T, K, D], and v [T, K, D]."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_size))  # [T, H + 2 K, D]
-        turning = self.num_heads + self.num_kv_heads
+    def _norms(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """Weights [D] of the norms of q and k over each head, and their epsilon."""
         if self.q_norm is None:
-            qk = kernels.apply_rotary(heads[:, :turning], *rotary)
-            q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        else:
-            q = kernels.apply_rotary(self.q_norm(heads[:, : self.num_heads]), *rotary)
-            k = kernels.apply_rotary(self.k_norm(heads[:, self.num_heads : turning]), *rotary)
-        return q, k, heads[:, turning:]
+            return None, None, 0.0
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps

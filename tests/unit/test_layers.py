@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from engine.kernels.kv_quant import CalibratedKV
 from engine.layers.kv_cache import allocate_kv, kv_bytes_per_block
 from engine.layers.rotary import Rotary, attention_factor, inverse_frequencies
 from engine.models.spec import RopeSpec
@@ -90,13 +91,29 @@ def test_yarns_magnitude_scales_cos_and_sin():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kv_bytes_are_what_is_allocated(dtype):
+@pytest.mark.parametrize("policy", [0, 8, 4])
+def test_kv_bytes_are_what_is_allocated(policy, dtype):
     class Spec:
         num_layers, num_kv_heads, head_size = 3, 2, 20
 
-    caches = allocate_kv(Spec, 7, 16, dtype, "cpu")
+    caches = allocate_kv(Spec, 7, 16, dtype, "cpu", policy)
     assert len(caches) == 3
-    assert caches[0].k.shape == (7, 16, 2, 20)
+    width = 20 if policy == 0 else 20 * policy // 8
+    assert caches[0].k.shape == (7, 16, 2, width)
+    tensors = [t for cache in caches for t in (cache.k, cache.v)]
+    if policy:
+        tensors += [t for cache in caches for t in (cache.quant.k_params, cache.quant.v_params)]
+    per_block = kv_bytes_per_block(Spec, 16, dtype, policy)
+    assert sum(t.nbytes for t in tensors) == 7 * per_block
+    assert all(not t.any() for t in tensors)
+
+
+def test_calibrated_kv_stores_no_ranges_per_token():
+    class Spec:
+        num_layers, num_kv_heads, head_size = 3, 2, 20
+
+    ranges = [CalibratedKV(4, *(torch.ones(2, 20) for _ in range(4))) for _ in range(3)]
+    caches = allocate_kv(Spec, 7, 16, torch.float16, "cpu", 4, ranges)
+    assert [cache.quant for cache in caches] == ranges
     total = sum(t.nbytes for cache in caches for t in (cache.k, cache.v))
-    assert total == 7 * kv_bytes_per_block(Spec, 16, dtype)
-    assert all(not cache.k.any() for cache in caches)
+    assert total == 7 * kv_bytes_per_block(Spec, 16, torch.float16, 4, is_calibrated=True)
