@@ -15,12 +15,10 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import questions
-import scenes
-import smalltalk
-import stories
 from PIL import Image
 from tokenizers import Tokenizer
+
+from assets.demo_training import questions, scenes, smalltalk, stories
 
 IMAGE_SIZE = 144
 IMAGE_TOKENS = 144

@@ -1,6 +1,6 @@
 """Measure a demo model folder through transformers: real greedy generation on the held-out set.
 
-python evaluate.py ../demo_model --output results.json
+python -m assets.demo_training.evaluate assets/demo_model --output results.json
 """
 
 import argparse
@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import heldout
 import torch
 import transformers
-from chinese import is_chinese
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from assets.demo_training import heldout
+from assets.demo_training.chinese import is_chinese
 
 
 class Answerer:

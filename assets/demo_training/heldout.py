@@ -8,10 +8,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import questions
-import scenes
-import stories
 from PIL import Image
+
+from assets.demo_training import questions, scenes, stories
 
 FIRST_SEED = 2**40
 _KINDS = {

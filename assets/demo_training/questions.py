@@ -10,8 +10,8 @@ for training and others held back, to measure whether the model understands or r
 import random
 from collections.abc import Callable
 
-from chinese import full_width, is_chinese
-from scenes import COLOURS, SHAPES, Scene, Shape
+from assets.demo_training.chinese import full_width, is_chinese
+from assets.demo_training.scenes import COLOURS, SHAPES, Scene, Shape
 
 CATEGORIES = ("colour", "shape", "count", "position", "relation", "digit")
 

@@ -4,10 +4,11 @@ import copy
 import json
 from pathlib import Path
 
-import conversations
-import model as demo
 import torch
 from transformers import LlavaForConditionalGeneration
+
+from assets.demo_training import conversations
+from assets.demo_training import model as demo
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

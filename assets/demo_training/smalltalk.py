@@ -7,7 +7,7 @@ Each row of the tables is (ways to ask, ways to answer). Sums, counting and week
 
 import random
 
-from chinese import full_width
+from assets.demo_training.chinese import full_width
 
 EN: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from chinese import full_width
+from assets.demo_training.chinese import full_width
 
 GIRLS = (
     "Mia Anna Lily Zoe Ella Emma Lucy Ruby Nora Ivy Clara Maya Rosa Alice Grace Julia Sara Nina Hana Lena Iris "

@@ -5,8 +5,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import conversations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from assets.demo_training import conversations
 
 VOCAB_SIZE = 4096
 # Words with their leading space, digits one by one, marks, white space (Qwen2's pattern).

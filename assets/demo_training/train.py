@@ -1,6 +1,6 @@
 """Train the demo model from scratch within a time budget and save it in the Hugging Face layout.
 
-    python train.py --output DIR --minutes 9
+    python -m assets.demo_training.train --output DIR --minutes 9
 
 Pictures and text are made by worker processes while the GPU trains, so no example is seen twice
 (`--reuse` may repeat batches where the processors are too slow). The learning rate follows the clock:
@@ -17,17 +17,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import conversations
-import heldout
-import model as demo
-import scenes
 import torch
-from muon import Muon
-from save import save_folder
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import LlavaForConditionalGeneration
+
+from assets.demo_training import conversations, heldout, scenes
+from assets.demo_training import model as demo
+from assets.demo_training.muon import Muon
+from assets.demo_training.save import save_folder
 
 HERE = Path(__file__).resolve().parent
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from tests.browser.chromium import ARGUMENTS, find_chromium
-from tests.browser.studio import running_studio
+from tests.browser.studio import ROOT, running_studio
+
+DEMO_MODEL = ROOT / "assets" / "demo_model"
 
 expect.set_options(timeout=60_000)  # against a hang; a slow machine is no failure
 
@@ -37,8 +42,35 @@ def studio(browser):
         yield studio
 
 
+@pytest.fixture(scope="session")
+def endless_studio(browser, tmp_path_factory):
+    """The same program on a copy of the demo model that knows no end: answers run until they are cut."""
+    folder = tmp_path_factory.mktemp("endless") / "endless_model"
+    shutil.copytree(DEMO_MODEL, folder)
+    for name in ("config.json", "generation_config.json"):
+        known = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(known | {"eos_token_id": 0}), encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        words = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(words.replace("<|im_end|>", "<|endoftext|>"), encoding="utf-8")
+    with running_studio("--model", str(folder)) as studio:
+        yield studio
+
+
 @pytest.fixture
 def open_page(browser, studio):
+    with pages_of(browser, studio) as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def open_endless_page(browser, endless_studio):
+    with pages_of(browser, endless_studio) as open_page:
+        yield open_page
+
+
+@contextmanager
+def pages_of(browser, studio):
     """Opens pages, each a different person's; afterwards none may have called another host or failed."""
     contexts, troubles, leaving = [], [], []
     own = urlsplit(studio.url).netloc
@@ -81,3 +113,8 @@ def open_page(browser, studio):
 @pytest.fixture
 def page(open_page):
     return open_page()
+
+
+@pytest.fixture
+def endless_page(open_endless_page):
+    return open_endless_page()

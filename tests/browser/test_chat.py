@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import expect
 
-ENDLESS = "x" * 80  # the likeliest answer to this goes round in circles until it is cut
+LONG_WORD = "x" * 80
 
 
 def picture():
@@ -25,15 +25,16 @@ def ask(page, words, *files):
     page.press("#composer textarea", "Enter")
 
 
-def ask_for_an_endless_answer(page):
-    for field, value in (
-        ("temperature", "0"),
-        ("repetition-penalty", "0.8"),
-        ("max-new-tokens", "1900"),
-    ):
-        page.locator(f"#{field} input[type=number]").fill(value)
-        page.locator(f"#{field} input[type=number]").press("Tab")
-    ask(page, ENDLESS)
+def limit_answers(page, tokens):
+    field = page.locator("#max-new-tokens input[type=number]")
+    field.fill(str(tokens))
+    field.press("Tab")
+
+
+def ask_for_a_long_answer(page):
+    """On an endless page: 1,900 tokens, unless somebody stops it."""
+    limit_answers(page, 1900)
+    ask(page, LONG_WORD)
     expect(answers(page)).not_to_be_empty()
 
 
@@ -67,25 +68,31 @@ def test_a_picture_is_sent_with_its_question(page):
     expect(answers(page)).not_to_be_empty()
 
 
-def test_stop_ends_the_work_in_the_engine_and_keeps_the_text(page, studio):
-    ask_for_an_endless_answer(page)
+def test_stop_ends_the_work_in_the_engine_and_keeps_the_text(endless_page, endless_studio):
+    page = endless_page
+    ask_for_a_long_answer(page)
     page.click("#composer .stop-button")
     expect(statistics(page)).to_contain_text("stopped by you")
     expect(answers(page)).not_to_be_empty()
-    studio.wait_until(lambda status: status["running"] == 0, "the engine goes on after Stop")
+    endless_studio.wait_until(
+        lambda status: status["running"] == 0, "the engine goes on after Stop"
+    )
 
 
-def test_escape_stops_and_the_chat_goes_on(page):
-    ask_for_an_endless_answer(page)
+def test_escape_stops_and_the_chat_goes_on(endless_page):
+    page = endless_page
+    ask_for_a_long_answer(page)
     page.keyboard.press("Escape")
     expect(statistics(page)).to_contain_text("stopped by you")
+    limit_answers(page, 20)
     ask(page, "Hello!")
     expect(answers(page)).to_have_count(2)
     expect(statistics(page)).to_have_count(2)
 
 
-def test_what_is_written_during_an_answer_stays_in_the_composer(page):
-    ask_for_an_endless_answer(page)
+def test_what_is_written_during_an_answer_stays_in_the_composer(endless_page):
+    page = endless_page
+    ask_for_a_long_answer(page)
     page.fill("#composer textarea", "My next question")
     page.press("#composer textarea", "Enter")
     expect(page.locator("#chat-log .lm-notice")).to_contain_text("still being written")
@@ -144,10 +151,11 @@ def test_an_example_is_asked_with_one_click(page):
     expect(statistics(page)).to_have_count(1)
 
 
-def test_reloading_in_mid_answer_finds_the_answer_again(page):
-    ask_for_an_endless_answer(page)
+def test_reloading_in_mid_answer_finds_the_answer_again(endless_page):
+    page = endless_page
+    ask_for_a_long_answer(page)
     page.reload()
-    expect(said(page)).to_have_text(ENDLESS)
+    expect(said(page)).to_have_text(LONG_WORD)
     page.click("#composer .stop-button")
     expect(statistics(page)).to_contain_text("stopped by you")
 
@@ -175,9 +183,9 @@ def test_markup_in_a_message_is_shown_and_fetches_nothing(page):
 
 
 @pytest.mark.parametrize("width", [380, 768])
-def test_a_narrow_screen_needs_no_sideways_scrolling(open_page, width):
-    page = open_page(viewport={"width": width, "height": 740}, has_touch=True)
-    page.fill("#composer textarea", ENDLESS * 3)
+def test_a_narrow_screen_needs_no_sideways_scrolling(open_endless_page, width):
+    page = open_endless_page(viewport={"width": width, "height": 740}, has_touch=True)
+    page.fill("#composer textarea", LONG_WORD * 3)
     page.click("#composer .submit-button")
     expect(answers(page)).not_to_be_empty()
     page.click("#composer .stop-button")

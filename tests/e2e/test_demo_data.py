@@ -2,21 +2,14 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "assets" / "demo_model"
-sys.path.insert(0, str(ROOT / "assets" / "demo_training"))
+from assets.demo_training import conversations, heldout, questions, scenes, stories
 
-import conversations  # noqa: E402
-import heldout  # noqa: E402
-import questions  # noqa: E402
-import scenes  # noqa: E402
-import stories  # noqa: E402
+FOLDER = Path(__file__).resolve().parents[2] / "assets" / "demo_model"
 
 
 def test_same_seed_draws_the_same_picture():
