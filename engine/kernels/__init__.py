@@ -18,15 +18,24 @@ from engine.kernels.reference import (
     store_kv,
     unpack_awq,
     varlen_attention,
+)
+from engine.kernels.w4a16_layout import PackedW4A16, pack_w4a16
+from engine.kernels.w4a16_ops import (
+    has_w4a16_kernel,
     w4a16_matmul,
+    w4a16_packed_matmul,
+    w4a16_partials,
 )
 
 __all__ = [
     "AWQ_ORDER",
+    "PackedW4A16",
     "add_rms_norm",
     "add_rms_norm_partials",
     "apply_rotary",
     "dequantize_awq",
+    "has_w4a16_kernel",
+    "pack_w4a16",
     "paged_attention",
     "project_qkv",
     "rms_norm",
@@ -38,4 +47,6 @@ __all__ = [
     "unpack_awq",
     "varlen_attention",
     "w4a16_matmul",
+    "w4a16_packed_matmul",
+    "w4a16_partials",
 ]

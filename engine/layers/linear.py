@@ -31,7 +31,10 @@ class Linear(nn.Module):
 
 
 class AwqLinear(nn.Module):
-    """x W + b with W 4-bit in AutoAWQ's GEMM layout; see layers/awq_format.py."""
+    """x W + b with W 4-bit: as it lies on disk (layers/awq_format.py), or packed for the device's kernel.
+
+    The weight loader fills qweight, qzeros and scales, then calls finish_loading once.
+    """
 
     def __init__(
         self, in_features: int, parts: tuple[int, ...], bias: bool, group_size: int
@@ -48,9 +51,26 @@ class AwqLinear(nn.Module):
         self.qzeros = parameter(groups, packed, dtype=torch.int32)
         self.scales = parameter(groups, self.out_features)
         self.bias = parameter(self.out_features) if bias else None
+        self.packed: kernels.PackedW4A16 | None = None
+
+    def finish_loading(self) -> None:
+        """Choose the layout for this device: packed where a kernel reads it, as on disk elsewhere."""
+        if kernels.has_w4a16_kernel(
+            self.qweight.device, self.group_size, self.in_features, self.scales.dtype
+        ):
+            self.pack()
+
+    def pack(self) -> None:
+        """Replace the tensors as on disk by the kernel's layout; only this layer exists twice meanwhile."""
+        self.packed = kernels.pack_w4a16(self.qweight, self.qzeros, self.scales, self.group_size)
+        self.tiles = nn.Parameter(self.packed.tiles, requires_grad=False)  # counted as weights
+        self.scale_zeros = nn.Parameter(self.packed.scale_zeros, requires_grad=False)
+        self.qweight = self.qzeros = self.scales = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
+        if self.packed is not None:
+            return kernels.w4a16_packed_matmul(x, self.packed, self.bias)
         return kernels.w4a16_matmul(
             x, self.qweight, self.qzeros, self.scales, self.group_size, self.bias
         )

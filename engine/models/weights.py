@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.errors import CapacityError, ModelError
+from engine.layers.linear import AwqLinear
 from engine.models.decoder import Decoder
 from engine.models.names import (
     HARMLESS_SUFFIXES,
@@ -102,7 +103,7 @@ def load_model(
     root.to(dtype)
     if plan.tied:
         root.decoder.head.weight = None  # becomes the embedding once that has memory
-    weight_bytes = sum(p.numel() * p.element_size() for p in root.parameters())
+    weight_bytes = _bytes_of(root)
     device = torch.device(device)
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     if weight_bytes > free_bytes:
@@ -114,9 +115,12 @@ def load_model(
         if root.vision is not None:
             root.vision.fill_buffers()
         _fill(root, plan, spec, on_progress)
+        for module in root.modules():
+            if isinstance(module, AwqLinear):
+                module.finish_loading()
     except torch.cuda.OutOfMemoryError as error:
         raise _no_room(weight_bytes, free_bytes) from error
-    return Model(spec, root.decoder, root.vision, weight_bytes)
+    return Model(spec, root.decoder, root.vision, _bytes_of(root))
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -198,6 +202,10 @@ def _check_entries(
 
 def _count(names: list[str]) -> str:
     return f"{len(names)} tensor" + ("" if len(names) == 1 else "s")
+
+
+def _bytes_of(root: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in root.parameters())
 
 
 def _no_room(needed: int, free: float) -> CapacityError:
