@@ -50,11 +50,10 @@ def main() -> None:
     parser.add_argument("--skip-start", action="store_true", help="do not time app.py's start")
     parser.add_argument("--output", type=Path, help="folder for the JSON instead of results/")
     arguments = parser.parse_args()
+    check_same_answers(arguments.device)
     figures = {} if arguments.skip_start else measure_start(arguments.device)
     engine = Engine.load(EngineConfig(model=MODEL, device=arguments.device))
-    peer = Peer(arguments.device, engine.dtype)
-    check_same_answers(engine, peer)
-    figures |= measure_engine(engine) | peer.measure()
+    figures |= measure_engine(engine) | Peer(arguments.device, engine.dtype).measure()
     engine.close()
     for name, value in figures.items():
         print(f"{name:44} {value:10.3f}")
@@ -98,28 +97,32 @@ def _poll(url: str, body: dict | None) -> None:
 
 
 def measure_engine(engine: Engine) -> dict:
-    """First token with and without a picture (nothing cached), decode rates for 1 and 16 streams."""
-    text = [run(engine, [request("Tell me a story.")])[0] for _ in range(REPEATS)]
+    """Wall-clock rates of whole requests for 1 and 16 streams, and first tokens (nothing cached)."""
+    single = [timed(engine, [request("Tell me a story.")]) for _ in range(REPEATS)]
+    many = [
+        timed(engine, [request(f"Tell me story {n}.") for n in range(16)]) for _ in range(REPEATS)
+    ]
     figures = {
-        "engine_decode_1_stream_tok_s": _median(event.timing.decode_tps for event in text),
-        "engine_first_token_text_s": _median(event.timing.first_token_s for event in text),
+        "engine_1_stream_tok_s": NUM_TOKENS / _median(seconds for seconds, _ in single),
+        "engine_16_streams_tok_s": 16 * NUM_TOKENS / _median(seconds for seconds, _ in many),
+        "engine_first_token_text_s": _median(ends[0].timing.first_token_s for _, ends in single),
     }
-    pictures = []
+    described = []
     for shade in range(REPEATS):  # each differs in a corner, so no KV or feature is shared
         picture = Image.open(PICTURE).convert("RGB")
         picture.paste((40 * shade, 0, 0), (0, 0, picture.width // 4, picture.height // 4))
-        pictures.append(run(engine, [request("Describe this image.", picture)])[0])
-    if any(event.usage.cached_tokens for event in pictures):
+        described += timed(engine, [request("Describe this image.", picture)])[1]
+    if any(event.usage.cached_tokens for event in described):
         raise SystemExit("The pictures share their KV; first token would be measured too short.")
-    figures["engine_first_token_picture_s"] = _median(e.timing.first_token_s for e in pictures)
-    rates = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        events = run(engine, [request(f"Tell me story {n}.") for n in range(16)])
-        tokens = sum(event.usage.completion_tokens for event in events)
-        rates.append(tokens / (time.perf_counter() - began))
-    figures["engine_16_streams_tok_s"] = _median(rates)
+    figures["engine_first_token_picture_s"] = _median(e.timing.first_token_s for e in described)
     return figures
+
+
+def timed(engine: Engine, requests: list[Request]) -> tuple[float, list[Finished]]:
+    """Seconds from the first request to the last event of all, and those last events."""
+    began = time.perf_counter()
+    ends = run(engine, requests)
+    return time.perf_counter() - began, ends
 
 
 def request(text: str, picture: Image.Image | None = None, tokens: int = NUM_TOKENS) -> Request:
@@ -189,18 +192,18 @@ class Peer:
         return _median(seconds)
 
 
-def check_same_answers(engine: Engine, peer: Peer) -> None:
-    """Stop unless both give the same greedy tokens (fp32; half types may differ in a near tie)."""
+def check_same_answers(device: str) -> None:
+    """Stop unless both give the same greedy answers, in fp32: half types may differ in a near tie."""
+    engine = Engine.load(EngineConfig(model=MODEL, device=device, dtype="float32"))
+    peer = Peer(device, "float32")
     picture = Image.open(PICTURE).convert("RGB")
-    prompts = itertools.product(["Describe this image.", "What can you do?"], [None, picture])
-    for text, image in prompts:
-        params = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True)
-        asked = Request(request(text, image).prompt, params)
-        events = [event for event in engine.stream(asked) if isinstance(event, TextDelta)]
-        ours = [token for event in events for token in event.token_ids]
+    for text, image in itertools.product(["Describe this image.", "Who are you?"], [None, picture]):
+        events = engine.stream(request(text, image, tokens=40))
+        ours = [t for event in events if isinstance(event, TextDelta) for t in event.token_ids]
         theirs = peer.generate(peer.inputs(text, image), 40)[0]
         if ours != theirs:
             raise SystemExit(f"{text!r}: the engine answers {ours}, transformers {theirs}.")
+    engine.close()
 
 
 def _median(values) -> float:
