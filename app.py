@@ -85,6 +85,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-max-entry-count", type=float, help="share of free memory for the KV cache"
     )
+    parser.add_argument(
+        "--quant-policy", type=int, choices=(0, 4, 8), help="bits of the KV cache; 0: unquantized"
+    )
+    parser.add_argument("--model-format", choices=("auto", "hf", "awq"), help="default: auto")
 
 
 def find_model(name: str | None) -> ModelSource:
@@ -104,6 +108,7 @@ def find_model(name: str | None) -> ModelSource:
 
 def engine_config(arguments: argparse.Namespace, source: ModelSource) -> EngineConfig:
     names = ("device", "dtype", "session_len", "max_batch_size", "cache_max_entry_count")
+    names += ("quant_policy", "model_format")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     if source.hub_id is not None:
         given["model_name"] = source.hub_id
