@@ -21,6 +21,7 @@ from engine.errors import RequestError
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
+MAX_IMAGES = 16  # of one request
 MAX_ASPECT = 100  # a thinner strip grows huge when its short edge is resized to a tower's size
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{1,20}):/")
@@ -76,11 +77,26 @@ def load_data_url(url: str) -> Image.Image:
     )
 
 
+def check_num_images(num_images: int, *, supports_images: bool) -> None:
+    """Refuse more pictures than a request may bring, and any for a model that reads text only."""
+    if num_images and not supports_images:
+        raise RequestError(
+            "This model reads text only, and the request has an image. Remove the image or load a "
+            "model with vision, such as LLaVA."
+        )
+    if num_images > MAX_IMAGES:
+        raise RequestError(
+            f"The request has {num_images} images; at most {MAX_IMAGES} are accepted. Remove some."
+        )
+
+
 def check_image(image: Image.Image) -> Image.Image:
     """Hold the same bounds for a picture that did not come through load_image; returns it as RGB."""
     _check_size(*image.size)
     try:
-        return _to_rgb(image)
+        image.load()
+        is_plain = image.mode == "RGB" and "transparency" not in image.info
+        return image if is_plain else _to_rgb(image)  # convert copies, and pictures are large
     except _BROKEN:
         raise _broken() from None
 

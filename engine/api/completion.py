@@ -12,46 +12,48 @@ import json
 import math
 import time
 import uuid
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.api.errors import as_api_error
-from engine.api.schema import ChatBody
+from engine.api.schema import ChatBody, to_requests
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.types import Event, Finished, Logprob, Request, TextDelta, Usage
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's number for "never"; JSON has no -Infinity
+BUILD_TIMEOUT_S = 10.0  # a prompt takes no longer, whatever its pictures
 SEND_TIMEOUT_S = 120.0  # a reader that takes nothing for so long is cut off
 
 
-async def whole(engine: Engine, body: ChatBody, requests: Sequence[Request]) -> JSONResponse:
-    choices = [Choice(index, body.logprobs) for index in range(len(requests))]
+@dataclass(frozen=True)
+class Form:
+    """What the caller wants to see of the answer."""
+
+    num_choices: int
+    logprobs: bool
+    include_usage: bool
+
+
+async def answer(engine: Engine, body: ChatBody, reading: asyncio.Semaphore) -> Response:
+    """The whole answer, or its stream once every choice has begun. `reading` bounds the memory of
+    pictures: see _submit."""
+    is_stream = body.stream
+    form = Form(body.n, body.logprobs, body.include_usage)
     async with contextlib.AsyncExitStack() as stack:
-        events = await _merged(engine, requests, stack)
-        async for index, event in events:
-            choices[index].take(event)
-    return JSONResponse(
-        {
-            **_head(engine, "chat.completion"),
-            "choices": [choice.as_message() for choice in choices],
-            "usage": _usage([choice.usage for choice in choices]),
-        }
-    )
-
-
-async def stream(engine: Engine, body: ChatBody, requests: Sequence[Request]) -> EventStream:
-    stack = contextlib.AsyncExitStack()
-    try:
-        events = await _merged(engine, requests, stack)
-    except BaseException:
-        await stack.aclose()
-        raise
-    return EventStream(_chunks(engine, body, len(requests), events), stack)
+        sources = await _submit(engine, body, reading, stack)
+        del body  # its pictures are large
+        events = await _merged(sources, stack)
+        if is_stream:
+            return EventStream(_chunks(engine, form, events), stack.pop_all())
+        return await _whole(engine, form, events)
 
 
 class Choice:
@@ -172,13 +174,28 @@ async def _hung_up(receive: Receive) -> None:
         continue
 
 
+async def _whole(
+    engine: Engine, form: Form, events: AsyncIterator[tuple[int, Event]]
+) -> JSONResponse:
+    choices = [Choice(index, form.logprobs) for index in range(form.num_choices)]
+    async for index, event in events:
+        choices[index].take(event)
+    return JSONResponse(
+        {
+            **_head(engine, "chat.completion"),
+            "choices": [choice.as_message() for choice in choices],
+            "usage": _usage([choice.usage for choice in choices]),
+        }
+    )
+
+
 async def _chunks(
-    engine: Engine, body: ChatBody, num_choices: int, events: AsyncIterator[tuple[int, Event]]
+    engine: Engine, form: Form, events: AsyncIterator[tuple[int, Event]]
 ) -> AsyncIterator[str]:
     head = _head(engine, "chat.completion.chunk")
-    if body.include_usage:
+    if form.include_usage:
         head["usage"] = None
-    choices = [Choice(index, body.logprobs) for index in range(num_choices)]
+    choices = [Choice(index, form.logprobs) for index in range(form.num_choices)]
 
     def chunk(choice: Choice, delta: dict[str, str], entries: list, reason: str | None) -> str:
         part = {
@@ -201,36 +218,86 @@ async def _chunks(
     except Exception as error:  # noqa: BLE001 - logged where it is not meant for the caller
         yield _event(as_api_error(error).body)
         return
-    if body.include_usage:
+    if form.include_usage:
         usage = _usage([choice.usage for choice in choices])
         yield _event({**head, "choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
 
 
+class _Source:
+    """One choice's events from the engine, which begins at once.
+
+    `is_queued` once the engine has let go of the request, whose pictures it needs to build the prompt
+    only; at the latest with the first event.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.is_queued = asyncio.Event()
+        self.events = engine.astream(request)
+        self.first: asyncio.Task[Event] = asyncio.ensure_future(anext(self.events))
+        self.first.add_done_callback(lambda _: self.is_queued.set())
+        loop = asyncio.get_running_loop()
+        let_go = weakref.finalize(request, _call_soon, loop, self.is_queued.set)
+        let_go.atexit = False
+
+    async def aclose(self) -> None:
+        self.first.cancel()
+        await asyncio.gather(self.first, return_exceptions=True)
+        await self.events.aclose()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(callback)
+
+
+async def _submit(
+    engine: Engine, body: ChatBody, reading: asyncio.Semaphore, stack: contextlib.AsyncExitStack
+) -> list[_Source]:
+    """Hand every choice to the engine; closing the stack aborts them.
+
+    Pictures are large from their decoding until all prompts that show them are built: requests with
+    pictures take turns, and their choices go one by one.
+    """
+    sources: list[_Source] = []
+    async with reading if body.num_images else contextlib.nullcontext():
+        requests = await run_in_threadpool(
+            to_requests, body, supports_images=engine.supports_images
+        )
+        while requests:
+            source = _Source(engine, requests.pop(0))
+            stack.push_async_callback(source.aclose)
+            sources.append(source)
+            if body.num_images:
+                await _queued(source)
+    return sources
+
+
+async def _queued(source: _Source) -> None:
+    try:
+        await source.is_queued.wait()
+    except asyncio.CancelledError:
+        # the prompt is built to its end all the same, and its pictures count until then
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BUILD_TIMEOUT_S):
+                await source.is_queued.wait()
+        raise
+
+
 async def _merged(
-    engine: Engine, requests: Sequence[Request], stack: contextlib.AsyncExitStack
+    sources: Sequence[_Source], stack: contextlib.AsyncExitStack
 ) -> AsyncIterator[tuple[int, Event]]:
-    """The events of all choices as they come, with the choice's index. Closing the stack aborts them.
+    """The events of all choices as they come, with the choice's index.
 
     Returns once every choice has its first event; an error before that is raised here.
     """
-    streams = [engine.astream(request) for request in requests]
-    for events in streams:
-        stack.push_async_callback(events.aclose)
-    firsts = [asyncio.ensure_future(anext(events)) for events in streams]
-    try:
-        first_events = await asyncio.gather(*firsts)
-    except BaseException:
-        for task in firsts:
-            task.cancel()
-        await asyncio.gather(*firsts, return_exceptions=True)
-        raise
-    if len(streams) == 1:
-        return _chain(first_events[0], streams[0])
+    first_events = await asyncio.gather(*(source.first for source in sources))
+    if len(sources) == 1:
+        return _chain(first_events[0], sources[0].events)
     ready: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
     pumps = [
-        asyncio.ensure_future(_pump(index, first, events, ready))
-        for index, (first, events) in enumerate(zip(first_events, streams, strict=True))
+        asyncio.ensure_future(_pump(index, first, source.events, ready))
+        for index, (first, source) in enumerate(zip(first_events, sources, strict=True))
     ]
 
     async def stop_pumps() -> None:
@@ -239,7 +306,7 @@ async def _merged(
         await asyncio.gather(*pumps, return_exceptions=True)
 
     stack.push_async_callback(stop_pumps)
-    return _drain(ready, len(streams))
+    return _drain(ready, len(sources))
 
 
 async def _chain(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[tuple[int, Event]]:

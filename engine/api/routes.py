@@ -21,6 +21,7 @@ from engine.errors import RequestError
 
 MAX_BODY_BYTES = 48 * 2**20
 BODY_TIMEOUT_S = 120.0
+MAX_READING = 2  # requests whose decoded pictures are in memory at a time
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE"]
 _CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 T = TypeVar("T")
@@ -40,6 +41,7 @@ def create_router(
     router = APIRouter(route_class=ApiRoute)
     guard = Guard(api_keys, allowed_hosts)
     created = int(time.time())
+    reading = asyncio.Semaphore(MAX_READING)
 
     @router.get("/health")
     async def health() -> Response:
@@ -60,8 +62,9 @@ def create_router(
     async def create_chat_completion(request: Request) -> Response:
         guard.check(request)
         body = await run_in_threadpool(schema.parse_body, await _read_body(request))
-        engine = _find_engine(host, body.model)
-        return await _unless_disconnected(request, _answer(engine, body))
+        answer = completion.answer(_find_engine(host, body.model), body, reading)
+        del body  # its pictures are large
+        return await _unless_disconnected(request, answer)
 
     @router.api_route("/v1", methods=_METHODS, include_in_schema=False)
     @router.api_route("/v1/{path:path}", methods=_METHODS, include_in_schema=False)
@@ -81,15 +84,6 @@ def create_router(
         )
 
     return router
-
-
-async def _answer(engine: Engine, body: schema.ChatBody) -> Response:
-    requests = await run_in_threadpool(
-        schema.to_requests, body, supports_images=engine.supports_images
-    )
-    if body.stream:
-        return await completion.stream(engine, body, requests)
-    return await completion.whole(engine, body, requests)
 
 
 def _health(host: Host) -> Response:

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.api.errors import ApiError
 from engine.errors import RequestError
-from engine.images import load_data_url
-from engine.prompt import MAX_IMAGES
+from engine.images import check_num_images, load_data_url
 from engine.types import ChatMessage, ImagePart, Request, SamplingParams, TextPart
 
 MAX_CHOICES = 16
@@ -56,7 +54,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
 }
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_decoding = threading.BoundedSemaphore(2)  # pictures are large while they are read
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -101,6 +98,12 @@ class Message(_Body):
     content: str | Annotated[list[Part], Field(min_length=1)]
     tool_calls: Annotated[list[Any], Field(max_length=0)] = []
 
+    @property
+    def num_images(self) -> int:
+        if isinstance(self.content, str):
+            return 0
+        return sum(isinstance(part, ImageContent) for part in self.content)
+
 
 class StreamOptions(_Body):
     include_usage: bool = False
@@ -132,6 +135,10 @@ class ChatBody(_Body):
     skip_special_tokens: bool = True
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
+
+    @property
+    def num_images(self) -> int:
+        return sum(message.num_images for message in self.messages)
 
     @property
     def include_usage(self) -> bool:
@@ -205,28 +212,17 @@ def _logit_bias(body: ChatBody) -> dict[int, float]:
 
 
 def _messages(body: ChatBody, supports_images: bool) -> tuple[ChatMessage, ...]:
-    num_images = 0
     for index, message in enumerate(body.messages):
-        images = 0 if isinstance(message.content, str) else sum(map(_is_image, message.content))
-        if images and message.role != "user":
+        if message.num_images and message.role != "user":
             raise _bad_messages(
                 f"messages[{index}] is of role {message.role} and has an image; only user messages may."
             )
-        num_images += images
-    if num_images and not supports_images:
-        raise _bad_messages(
-            "This model reads text only, and the request has an image. Remove the image or load a "
-            "model with vision, such as LLaVA."
-        )
-    if num_images > MAX_IMAGES:
-        raise _bad_messages(
-            f"The request has {num_images} images; at most {MAX_IMAGES} are accepted. Remove some."
-        )
-    if num_images == 0:
-        return tuple(_message(message, None) for message in body.messages)
-    with _decoding:
-        pictures = _Pictures()
-        return tuple(_message(message, pictures) for message in body.messages)
+    try:
+        check_num_images(body.num_images, supports_images=supports_images)
+    except RequestError as error:
+        raise _bad_messages(str(error)) from None
+    pictures = _Pictures()
+    return tuple(_message(message, pictures) for message in body.messages)
 
 
 class _Pictures:
@@ -249,19 +245,15 @@ class _Pictures:
         return ImagePart(image)
 
 
-def _message(message: Message, pictures: _Pictures | None) -> ChatMessage:
+def _message(message: Message, pictures: _Pictures) -> ChatMessage:
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return ChatMessage(role, message.content)
     parts = (
-        pictures.decode(part.url) if _is_image(part) else TextPart(part.text)
+        pictures.decode(part.url) if isinstance(part, ImageContent) else TextPart(part.text)
         for part in message.content
     )
     return ChatMessage(role, tuple(parts))
-
-
-def _is_image(part: TextContent | ImageContent) -> bool:
-    return isinstance(part, ImageContent)
 
 
 def _bad_messages(sentence: str) -> ApiError:
