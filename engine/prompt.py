@@ -19,12 +19,15 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from engine.chat import ChatTemplate
 from engine.errors import ModelError, RequestError
-from engine.images import check_image
+from engine.images import check_image, check_num_images
 from engine.models.spec import ModelSpec, VisionSpec
 from engine.tokenizer import Tokenizer
 from engine.types import ChatMessage, ImagePart, Request
 
-MAX_IMAGES = 16
+_LENGTHS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
+_MAX_SIDE = 4096  # of what a vision tower reads
+# what transformers' processors raise on settings that make no sense
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,7 @@ class PromptBuilder:
             for part in message.content
             if isinstance(part, ImagePart)
         ]
-        if images and self._spec.vision is None:
-            raise RequestError(
-                "This model reads text only, and the request has an image. Remove the image or load a "
-                "model with vision, such as LLaVA."
-            )
-        if len(images) > MAX_IMAGES:
-            raise RequestError(
-                f"The request has {len(images)} images; at most {MAX_IMAGES} are accepted. Remove some."
-            )
+        check_num_images(len(images), supports_images=self._spec.vision is not None)
         return images
 
     def _place(self, ids: list[int], images: list[Image.Image]) -> Prompt:
@@ -152,8 +147,11 @@ def _load_processor(folder: Path, vision: VisionSpec) -> Any:
         processor = AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
+        _check_settings(processor)
         pixels = _pixel_values(processor, Image.new("RGB", (40, 30)))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if not pixels.isfinite().all():
+            raise ValueError("its numbers make pixels that are not finite")
+    except _UNREADABLE as error:
         raise ModelError(
             "The checkpoint's preprocessor_config.json is missing or cannot be read. Copy it from the "
             "model's page again."
@@ -165,6 +163,17 @@ def _load_processor(folder: Path, vision: VisionSpec) -> Any:
             f"reads {[3, side, side]}. Copy both files from the model's page again."
         )
     return processor
+
+
+def _check_settings(processor: Any) -> None:
+    """transformers would take any text for true, and fill the memory with a picture of any size."""
+    for name, value in vars(processor).items():
+        if name.startswith("do_") and not isinstance(value, bool | None):
+            raise ValueError(f"{name} is {value!r}; expected true or false")
+    for name in ("size", "crop_size", "pad_size"):
+        for key, length in getattr(processor, name, None) or ():
+            if key in _LENGTHS and length > _MAX_SIDE:
+                raise ValueError(f"{name} has {key} {length}; expected at most {_MAX_SIDE}")
 
 
 def _pixel_values(processor: Any, image: Image.Image) -> Tensor:

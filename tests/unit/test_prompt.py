@@ -200,6 +200,30 @@ def test_missing_preprocessor_is_a_model_error(tmp_path):
         make_builder(folder, image=True)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"size": {"shortest_edge": 1e99}},
+        {"size": {"shortest_edge": 10**6}},
+        {"size": {"height": 10**9, "width": 10**9}},
+        {"size": {"shortest_edge": "28"}},
+        {"size": []},
+        {"crop_size": {"height": 10**9, "width": 28}},
+        {"do_convert_rgb": "q"},
+        {"do_rescale": 1},
+        {"resample": 99},
+        {"image_mean": []},
+        {"image_std": [0, 0, 0]},
+    ],
+)
+def test_preprocessor_that_makes_no_sense_is_a_model_error(tmp_path, setting):
+    folder = sentencepiece_folder(tmp_path / "m", reserved=("<image>",))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | setting))
+    with pytest.raises(ModelError, match="cannot be read"):
+        make_builder(folder, image=True)
+
+
 def test_preprocessor_for_another_tower_is_a_model_error(tmp_path):
     folder = sentencepiece_folder(tmp_path / "m", reserved=("<image>",))
     other = {**PREPROCESSOR, "crop_size": {"height": 14, "width": 14}}
