@@ -6,7 +6,7 @@ whose exponent is already in place (Kim et al. 2022, Marlin 2024). Weights lie t
 program reads one contiguous stretch. Four regimes (launch_config chooses):
 
 warps      M <= 4: a program's warps share out the K axis and add up on the multiprocessor.
-split      M <= 64: the K axis is split over programs. The last program of a tile to arrive adds the
+split      M <= 32: the K axis is split over programs. The last program of a tile to arrive adds the
            partial sums in a fixed order, or w4a16_partials leaves them to the kernel that follows.
 stream     M <= MAX_STREAM_ROWS: every program takes an equal run of K blocks over all tiles
            (stream-K, Osama et al. 2023), so no multiprocessor idles in a last wave.
@@ -51,6 +51,7 @@ class LaunchConfig:
     num_stages: int = 3
     scaled: bool = False
     prefetch_lines: int = 0
+    max_registers: int | None = None
     pdl: bool = True
 
 
@@ -60,10 +61,9 @@ def launch_config(
 ) -> LaunchConfig:
     """The launch for out [m, n] with a weight [n, k].
 
-    Measured on an H200 (torch 2.11, triton 3.6), CUDA-graph replays over more than 300 MB of weights,
-    Llama-2-7B shapes: BN 128, 4 warps and 3 stages, with SPLIT_K 4 (qkv), 8 (o), 3 (gate_up) and 11
-    (down), were best at M = 1 to 64; BN 256, 8 warps and an L2 prefetch of the whole slice were slower.
-    The rule below yields these four: three programs a multiprocessor, of at least four K blocks.
+    Compiled for sm_90 (triton 3.6): scales go into the weights where M tiles are so wide that scaled
+    sums would not fit the registers. 128 x 128 with 4 warps takes 255 registers, two programs a
+    multiprocessor; 128 x 256 with 8 warps the same, one.
     """
     tiles, num_blocks = -(-n // TILE_N), -(-k // BLOCK_K)
     if m <= 4:
@@ -76,20 +76,11 @@ def launch_config(
             num_stages=4 if narrow else 3,
             prefetch_lines=128,
         )
-    if m <= 64:
-        wanted = min(-(-(29 * multiprocessors) // (10 * tiles)), max(1, num_blocks // 4))
-        per = -(-num_blocks // wanted)
-        block_m = 8 if m <= 8 else max(16, triton.next_power_of_2(m))
-        return LaunchConfig(
-            "split",
-            block_m=block_m,
-            split_k=-(-num_blocks // per),
-            scaled=block_m >= 32,
-            prefetch_lines=128,
-        )
+    if m <= 32:
+        return split_config(m, n, k, multiprocessors)
     if m <= MAX_STREAM_ROWS:
-        wide = -(-m // 256) * 2 <= -(-m // 128)  # not one tile of 128 more than needed
-        block_m = 256 if wide else 128
+        wide = m > 64 and -(-m // 256) * 2 <= -(-m // 128)  # no more than a tile of 128 would cover
+        block_m = 64 if m <= 64 else 256 if wide else 128
         total = tiles * -(-m // block_m) * num_blocks
         return LaunchConfig(
             "stream",
@@ -97,8 +88,37 @@ def launch_config(
             programs=min(total, multiprocessors * (1 if wide else 2)),
             num_warps=8 if wide else 4,
             scaled=True,
+            prefetch_lines=128,
         )
     return LaunchConfig("workspace")
+
+
+@cache
+def split_config(
+    m: int, n: int, k: int, multiprocessors: int = _H200_MULTIPROCESSORS
+) -> LaunchConfig:
+    """The split regime for M <= 64.
+
+    Measured on an H200 (torch 2.11, triton 3.6), CUDA-graph replays over more than 300 MB of weights,
+    Llama-2-7B shapes: BN 128, 4 warps and 3 stages, with SPLIT_K 4 (qkv), 8 (o), 3 (gate_up) and 11
+    (down), were best at M = 1 to 32; BN 256, 8 warps and an L2 prefetch of the whole slice were slower.
+    The rule yields these four: three programs a multiprocessor, of at least four K blocks. At M = 64
+    registers leave room for two. 32 rows take 184 registers unless capped, which fits two, not three.
+    Scaled weights here make ptxas run one wgmma at a time (C7515).
+    """
+    tiles, num_blocks = -(-n // TILE_N), -(-k // BLOCK_K)
+    block_m = 8 if m <= 8 else max(16, triton.next_power_of_2(m))
+    programs = (
+        2 * multiprocessors // tiles if block_m == 64 else -(-29 * multiprocessors // (10 * tiles))
+    )
+    per = -(-num_blocks // max(1, min(programs, num_blocks // 4)))
+    return LaunchConfig(
+        "split",
+        block_m=block_m,
+        split_k=-(-num_blocks // per),
+        prefetch_lines=128,
+        max_registers=168 if block_m == 32 else None,
+    )
 
 
 def w4a16_packed_matmul(
@@ -108,7 +128,9 @@ def w4a16_packed_matmul(
     x = _checked(x, packed, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, packed.out_features)
-    config = config or _config_for(x, packed)
+    if config is None:
+        m, n, k = x.shape[0], packed.out_features, packed.in_features
+        config = launch_config(m, n, k, _multiprocessors_of(x))
     if config.regime == "warps":
         return _launch_warps(x, packed, bias, config, x.dtype)
     if config.regime == "split":
@@ -121,16 +143,20 @@ def w4a16_packed_matmul(
 def w4a16_partials(x: Tensor, packed: PackedW4A16, config: LaunchConfig | None = None) -> Tensor:
     """fp32 [S, M, N] whose sum over S is x times the weight, for a next kernel that adds while it loads.
 
-    M at most 64. S depends on the shape only, so a captured graph keeps it. The consumer adds the S
-    planes in order, then the bias, and rounds to x's type: bit for bit what w4a16_packed_matmul returns.
-    Under programmatic dependent launch the consumer must wait (gdc_wait) before it reads.
+    M at most 64. S depends on the shape and M's power of two only, so a captured graph keeps it. The
+    consumer adds the S planes in order, then the bias, and rounds to x's type: up to 32 rows that is bit
+    for bit what w4a16_packed_matmul returns. Under programmatic dependent launch the consumer must wait
+    (gdc_wait) before it reads.
     """
     x = _checked(x, packed, None)
-    config = config or _config_for(x, packed)
+    m, n, k = x.shape[0], packed.out_features, packed.in_features
+    if not 0 < m <= 64:
+        raise ValueError(f"x has {m} rows; partial sums exist for 1 to 64.")
+    if config is None:
+        choose = launch_config if m <= 4 else split_config
+        config = choose(m, n, k, _multiprocessors_of(x))
     if config.regime == "warps":
         return _launch_warps(x, packed, None, config, torch.float32)[None]
-    if config.regime != "split":
-        raise ValueError(f"x has {x.shape[0]} rows; partial sums exist for at most 64.")
     return _launch_split(x, packed, None, config, reduce=False)
 
 
@@ -164,7 +190,7 @@ def _launch_warps(
         m, n, k, x.stride(0), packed.num_blocks, packed.scale_zeros.shape[1], packed.group_blocks,
         BN=config.block_n, BM=config.block_m, WARPS=config.num_warps, GROUP=_group_mode(packed),
         UNPACK=_unpack_mode(x), STAGES=config.num_stages, HAS_BIAS=bias is not None,
-        PREFETCH_LINES=config.prefetch_lines, num_warps=config.num_warps, **_pdl(x, config),
+        PREFETCH_LINES=config.prefetch_lines, num_warps=config.num_warps, **_launch_options(x, config),
     )  # fmt: skip
     return out
 
@@ -186,7 +212,7 @@ def _launch_split(
         BN=config.block_n, BM=config.block_m, GROUP=_group_mode(packed),
         EVEN_K=k % BLOCK_K == 0, SCALED=config.scaled, UNPACK=_unpack_mode(x),
         STAGES=config.num_stages, REDUCE=mode, HAS_BIAS=bias is not None,
-        PREFETCH_LINES=config.prefetch_lines, num_warps=config.num_warps, **_pdl(x, config),
+        PREFETCH_LINES=config.prefetch_lines, num_warps=config.num_warps, **_launch_options(x, config),
     )  # fmt: skip
     return out if reduce else partial
 
@@ -206,7 +232,8 @@ def _launch_stream(
         packed.group_blocks, num_tiles, tiles_m,
         BN=block_n, BM=block_m, GROUP=_group_mode(packed), EVEN_K=k % BLOCK_K == 0,
         SCALED=config.scaled, UNPACK=_unpack_mode(x), STAGES=config.num_stages,
-        HAS_BIAS=bias is not None, num_warps=config.num_warps, **_pdl(x, config),
+        HAS_BIAS=bias is not None, PREFETCH_LINES=config.prefetch_lines,
+        num_warps=config.num_warps, **_launch_options(x, config),
     )  # fmt: skip
     return out
 
@@ -242,9 +269,8 @@ def _checked(x: Tensor, packed: PackedW4A16, bias: Tensor | None) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _config_for(x: Tensor, packed: PackedW4A16) -> LaunchConfig:
-    count = _multiprocessors(x.device.index) if x.is_cuda else _H200_MULTIPROCESSORS
-    return launch_config(x.shape[0], packed.out_features, packed.in_features, count)
+def _multiprocessors_of(x: Tensor) -> int:
+    return _multiprocessors(x.device.index) if x.is_cuda else _H200_MULTIPROCESSORS
 
 
 @cache
@@ -257,11 +283,16 @@ def _has_dependent_launch() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
-def _pdl(x: Tensor, config: LaunchConfig) -> dict[str, bool]:
-    """The kernel's constant, and the launch attribute that only CUDA knows."""
-    if not (config.pdl and x.is_cuda and _has_dependent_launch()):
+def _launch_options(x: Tensor, config: LaunchConfig) -> dict[str, object]:
+    """The constant PDL, and what only CUDA knows."""
+    if not x.is_cuda:
         return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    options: dict[str, object] = {"PDL": False}
+    if config.pdl and _has_dependent_launch():
+        options = {"PDL": True, "launch_pdl": True}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
 
 
 def _group_mode(packed: PackedW4A16) -> int | str:
@@ -656,7 +687,7 @@ def w4a16_stream_kernel(
     M, N, K, stride_x, num_blocks, num_groups, group_blocks, num_tiles, tiles_m,
     BN: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
     SCALED: tl.constexpr, UNPACK: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH_LINES: tl.constexpr,
 ):  # fmt: skip
     """Program p of P takes K blocks p T / P ... (p + 1) T / P of all T, tile after tile (M fastest).
 
@@ -671,8 +702,13 @@ def w4a16_stream_kernel(
     rn, rm = tl.arange(0, BN), tl.arange(0, BM)
     slot_at = rn[:, None] + rm[None, :] * BN  # as the accumulator lies: n is contiguous
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        if PREFETCH_LINES > 0:
+            tile = at // num_blocks
+            n0 = ((tile // tiles_m) * BN).to(tl.int32)
+            block = (at - tile * num_blocks).to(tl.int32)
+            prefetch_weights(w_ptr, n0 // 128, n0 % 128, block, num_blocks, BN, PREFETCH_LINES)
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     while at < end:
         tile = at // num_blocks
         first = (at - tile * num_blocks).to(tl.int32)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import w4a16
-from engine.kernels.w4a16 import LaunchConfig, launch_config
+from engine.kernels.w4a16 import LaunchConfig, launch_config, split_config
 from engine.kernels.w4a16_layout import PackedW4A16, dequantize_w4a16, pack_w4a16
 from tests.bench import results_file
 
@@ -386,6 +386,14 @@ def candidates(m: int, n: int, k: int) -> list[LaunchConfig]:
     if now.regime == "workspace":
         return [LaunchConfig("stream", block_m=256, num_warps=8, programs=132, scaled=True)]
     count = w4a16._multiprocessors(torch.cuda.current_device())
+    if m <= 64:
+        shapes = [(64, 4, 3, 2), (64, 4, 2, 2), (64, 4, 3, 3), (64, 8, 3, 1), (64, 8, 3, 2)]
+        found = [
+            replace(now, block_m=bm, num_warps=w, num_stages=s, programs=count * p)
+            for bm, w, s, p in shapes
+        ]
+        found += [replace(found[2], max_registers=168), replace(now, prefetch_lines=0)]
+        return [*found, *split_candidates(m, n, k, few=True)]
     shapes = [(128, 4, 3), (128, 4, 2), (128, 8, 3), (256, 8, 3), (256, 8, 2), (64, 4, 3)]
     return [
         replace(now, block_m=bm, num_warps=w, num_stages=s, programs=count * p)
@@ -395,11 +403,11 @@ def candidates(m: int, n: int, k: int) -> list[LaunchConfig]:
 
 
 def split_candidates(m: int, n: int, k: int, *, few: bool = False) -> list[LaunchConfig]:
-    now = launch_config(m, n, k)
+    now = split_config(m, n, k)
     variants = [now, replace(now, prefetch_lines=0), replace(now, prefetch_lines=256)]
     variants += [replace(now, num_stages=4, prefetch_lines=256)]
     if not few:
-        variants += [replace(now, num_stages=2), replace(now, scaled=not now.scaled)]
+        variants += [replace(now, num_stages=2), replace(now, max_registers=None)]
         variants += [replace(now, pdl=False), replace(now, block_n=64)]
     factors = (0.75, 1, 1.4) if few else (0.5, 0.75, 1, 1.4, 2)
     splits = sorted({max(1, round(now.split_k * f)) for f in factors})

@@ -9,7 +9,13 @@ import torch
 pytest.importorskip("triton")
 
 from engine.kernels import reference, w4a16, w4a16_ops
-from engine.kernels.w4a16 import LaunchConfig, launch_config, w4a16_packed_matmul, w4a16_partials
+from engine.kernels.w4a16 import (
+    LaunchConfig,
+    launch_config,
+    split_config,
+    w4a16_packed_matmul,
+    w4a16_partials,
+)
 from engine.kernels.w4a16_layout import dequantize_w4a16, is_packable, pack_w4a16
 from engine.layers.linear import AwqLinear
 from engine.models.families import read_spec
@@ -177,18 +183,29 @@ def test_no_rows():
 def test_launches_measured_best_on_an_h200():
     shapes = {(12288, 4096): 4, (4096, 4096): 8, (22016, 4096): 3, (4096, 11008): 11}
     for (n, k), split_k in shapes.items():
-        assert [launch_config(m, n, k).split_k for m in (5, 16, 64)] == [split_k] * 3
+        assert [launch_config(m, n, k).split_k for m in (5, 16, 32)] == [split_k] * 3
     assert [launch_config(m, 4096, 4096).block_m for m in (1, 8, 9, 17, 64)] == [8, 8, 16, 32, 64]
-    regimes = [launch_config(m, 4096, 4096).regime for m in (4, 5, 64, 65, 768, 769)]
+    regimes = [launch_config(m, 4096, 4096).regime for m in (4, 5, 32, 33, 768, 769)]
     assert regimes == ["warps", "split", "split", "stream", "stream", "workspace"]
+
+
+@pytest.mark.parametrize("m", [1, 5, 20, 64])
+def test_partial_sums_exist_up_to_64_rows(m):
+    packed, weight = make_weight(512, 136, 128)
+    x = make_x(m, 512)
+    partials = w4a16_partials(x, packed)
+    assert partials.dtype == torch.float32
+    assert_close(partials.sum(0).half(), x, weight)
+    with pytest.raises(ValueError, match="1 to 64"):
+        w4a16_partials(make_x(65, 512), packed)
 
 
 def test_locks_suffice_for_every_launch():
     for n, k in ((8, 64), (4096, 4096), (22016, 4096), (28672, 8192)):
         for m in range(1, 769):
-            config = launch_config(m, n, k)
-            tiles = -(-n // config.block_n) * -(-m // config.block_m)
-            assert tiles <= 24 * -(-n // 128)
+            for config in (launch_config(m, n, k), split_config(min(m, 64), n, k)):
+                tiles = -(-n // config.block_n) * -(-m // config.block_m)
+                assert tiles <= 24 * -(-n // 128) or config.regime == "warps"
 
 
 @pytest.mark.parametrize("shape", [(4, 128), (3, 2, 256)])
@@ -297,7 +314,7 @@ def test_graph_replays_never_differ(m, dependent, monkeypatch):
         replace(
             launch_config(m, p.out_features, p.in_features),
             pdl=dependent,
-            prefetch_lines=128 if m <= 64 else 0,
+            prefetch_lines=128,
         )
         for p in (first, second)
     ]
