@@ -42,27 +42,25 @@ class Launch:
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
+    num_stages: int  # three are two tiles in flight
 
 
-def decode_launch(group: int, head_size: int, block_size: int, cache: torch.dtype) -> Launch:
-    """Tiles of a decode launch. TODO: replace by measurements once bench_attention ran on an H200."""
+def decode_launch(group: int, head_size: int, cache: torch.dtype, compute: torch.dtype) -> Launch:
+    """Tiles of a decode launch. TODO: revise once bench_attention --sweep has run on an H200."""
     block_m = max(16, triton.next_power_of_2(group))
-    if cache == torch.float32:
-        return Launch(block_m, 32, 4, 2)
     wide = triton.next_power_of_2(head_size) > 128
+    if compute == torch.float32:
+        return Launch(block_m, 16 if wide else 32, 8, 1)
     return Launch(block_m, 32 if wide and cache != torch.uint8 else 64, 4, 3)
 
 
-def prefill_launch(group: int, head_size: int, cache: torch.dtype, compute: torch.dtype) -> Launch:
+def prefill_launch(group: int, head_size: int, compute: torch.dtype) -> Launch:
     """Tiles of a prefill launch; fp32 multiplies without tensor cores and needs small tiles."""
     rows = triton.next_power_of_2(group)
     wide = triton.next_power_of_2(head_size) > 128
     if compute == torch.float32:
-        return Launch(max(16, rows), 32, 4, 1)
-    if wide:
-        return Launch(max(64, rows), 32, 4, 2)
-    return Launch(max(128, rows), 64, 8, 2 if cache == torch.uint8 else 3)
+        return Launch(max(16, rows), 16 if wide else 32, 8, 1)
+    return Launch(max(128, rows), 32 if wide else 64, 8, 3)
 
 
 def count_splits(programs: int, max_context_len: int, num_multiprocessors: int) -> int:
@@ -129,7 +127,7 @@ def paged_attention(
     num_rows = sum(query_lens)
     if num_rows < q.shape[0]:
         out[num_rows:].zero_()
-    num_kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
+    num_kv_heads = k_cache.shape[2]
     group, head_size = q.shape[1] // num_kv_heads, q.shape[2]
     compute = q.dtype
     if quant is not None:
@@ -143,14 +141,14 @@ def paged_attention(
         )  # fmt: skip
 
     if num_decodes:
-        launch = decode or decode_launch(group, head_size, block_size, k_cache.dtype)
+        launch = decode or decode_launch(group, head_size, k_cache.dtype, compute)
         programs = num_decodes * num_kv_heads
         span = max_context_len if window is None else min(max_context_len, window)
         if num_splits is None:
             num_splits = count_splits(programs, span, _num_multiprocessors(q.device))
         run(launch, (num_splits, num_kv_heads, num_decodes), 0, num_splits)
     if num_decodes < num_sequences:
-        launch = prefill or prefill_launch(group, head_size, k_cache.dtype, compute)
+        launch = prefill or prefill_launch(group, head_size, compute)
         tiles = -(-max(query_lens[num_decodes:]) // (launch.block_m // group))
         run(launch, (tiles, num_kv_heads, num_sequences - num_decodes), num_decodes, 0)
     return out
@@ -386,6 +384,20 @@ def _load_params(ptr, row, row_ok, BITS: tl.constexpr):
 
 
 @triton.jit
+def _load_block(table_ptr, start, high, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block of a tile, or of each of its keys where tiles may cross blocks; int64.
+
+    Loaded one tile ahead, or the compiler would spend half of its pipeline on this load.
+    """
+    if BLOCK_SIZE % BLOCK_N == 0:
+        block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < high, other=0)
+    else:
+        key = start + tl.arange(0, BLOCK_N)
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < high, other=0)
+    return block.to(tl.int64)
+
+
+@triton.jit
 def _attend_tile(
     q,
     q_sum,
@@ -397,7 +409,7 @@ def _attend_tile(
     v_ptr,
     k_params_ptr,
     v_params_ptr,
-    table_ptr,
+    block,
     start,
     low,
     high,
@@ -424,7 +436,6 @@ def _attend_tile(
     key = start + tl.arange(0, BLOCK_N)
     key_ok = key < high
     if BLOCK_SIZE % BLOCK_N == 0:  # one block: a scalar base, and offsets that need no 64 bits
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
         slot = start % BLOCK_SIZE + tl.arange(0, BLOCK_N)
         k_ptr += block * stride_block
         v_ptr += block * stride_block
@@ -433,7 +444,6 @@ def _attend_tile(
         row = slot * stride_slot
         param = slot * stride_param_slot
     else:
-        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key_ok, other=0).to(tl.int64)
         slot = (key % BLOCK_SIZE).to(tl.int64)
         row = block * stride_block + slot * stride_slot
         param = block * stride_param_block + slot * stride_param_slot
@@ -446,7 +456,6 @@ def _attend_tile(
         k_scale, k_zero = _load_params(k_params_ptr, param, key_ok, BITS)
         v_scale, v_zero = _load_params(v_params_ptr, param, key_ok, BITS)
         score = score * k_scale[None, :] + q_sum[:, None] * k_zero[None, :]
-    score *= scale_log2
     if MASKED:
         if DECODE:
             keep = (key_ok & (key >= low))[None, :]
@@ -455,9 +464,9 @@ def _attend_tile(
             if WINDOWED:
                 keep &= key[None, :] > position[:, None] - window
         score = tl.where(keep, score, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(score, 1))
+    new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weight = tl.exp2(score - shift[:, None])
+    weight = tl.exp2(score * scale_log2 - shift[:, None])
     decay = tl.exp2(row_max - shift)
     row_sum = row_sum * decay + tl.sum(weight, 1)
     if FORM == "online":
@@ -478,7 +487,7 @@ def _affine(x, v_scale_ptr, v_zero_ptr, channel, channel_ok, BITS: tl.constexpr)
     return x * scale + (zero + scale * (2 ** (BITS - 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_sequence", "window", "stride_table"))
 def paged_attention_kernel(
     out_ptr,
     q_ptr,
@@ -596,22 +605,31 @@ def paged_attention_kernel(
             full_begin = tl.minimum(tl.cdiv(tl.maximum(last_low - first_key, 0), BLOCK_N), end)
         full_end = tl.minimum((first_position + 1 - first_key) // BLOCK_N, end)
         full_end = tl.maximum(full_end, full_begin)
+        block = _load_block(table_ptr, first_key + full_begin * BLOCK_N, high, BLOCK_SIZE, BLOCK_N)
         for tile in range(full_begin, full_end):
+            start = first_key + tile * BLOCK_N
+            next_block = _load_block(table_ptr, start + BLOCK_N, high, BLOCK_SIZE, BLOCK_N)
             acc, acc_zero, row_sum, row_max = _attend_tile(
                 q, q_sum, acc, acc_zero, row_sum, row_max, k_ptr, v_ptr, k_params_ptr, v_params_ptr,
-                table_ptr, first_key + tile * BLOCK_N, low, high, position, window, scale_log2,
+                block, start, low, high, position, window, scale_log2,
                 stride_block, stride_slot, stride_param_block, stride_param_slot, FORM, BITS, ASSEMBLY, DECODE,
                 WINDOWED, HEAD_SIZE, BLOCK_D, BLOCK_SIZE, BLOCK_N, FULL_PRECISION, False,
             )  # fmt: skip
+            block = next_block
     num_full = full_end - full_begin
+    start = first_key + tl.where(begin < full_begin, begin, begin + num_full) * BLOCK_N
+    block = _load_block(table_ptr, start, high, BLOCK_SIZE, BLOCK_N)
     for edge in range(begin, end - num_full):
-        tile = tl.where(edge < full_begin, edge, edge + num_full)
+        start = first_key + tl.where(edge < full_begin, edge, edge + num_full) * BLOCK_N
+        after = first_key + tl.where(edge + 1 < full_begin, edge + 1, edge + 1 + num_full) * BLOCK_N
+        next_block = _load_block(table_ptr, after, high, BLOCK_SIZE, BLOCK_N)
         acc, acc_zero, row_sum, row_max = _attend_tile(
             q, q_sum, acc, acc_zero, row_sum, row_max, k_ptr, v_ptr, k_params_ptr, v_params_ptr,
-            table_ptr, first_key + tile * BLOCK_N, low, high, position, window, scale_log2,
+            block, start, low, high, position, window, scale_log2,
             stride_block, stride_slot, stride_param_block, stride_param_slot, FORM, BITS, ASSEMBLY, DECODE,
             WINDOWED, HEAD_SIZE, BLOCK_D, BLOCK_SIZE, BLOCK_N, FULL_PRECISION, True,
         )  # fmt: skip
+        block = next_block
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -131,7 +131,7 @@ def test_a_constant_row_is_kept(bits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_size", [80, 128])
 @pytest.mark.parametrize("num_rows", [1, 44])
 def test_gpu(num_rows, head_size, form, dtype):
     options = dict(form=form, dtype=dtype, head_size=head_size, head_major=True, device="cuda")
