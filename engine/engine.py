@@ -130,12 +130,12 @@ class Engine:
         session_len = resolve_session_len(spec, config)
         check_format(spec, config)
         dtype = resolve_dtype(config.dtype, spec, device)
-        check_weights(folder, spec)
+        plan = check_weights(folder, spec)
         tokenizer = Tokenizer.load(folder, spec)
         template = ChatTemplate.load(folder, tokenizer, spec, config.chat_template)
         prompts = PromptBuilder(folder, spec, tokenizer, template)
         try:
-            model = load_model(folder, spec, device, dtype, on_progress)
+            model = load_model(plan, device, dtype, on_progress)
             return cls(model, config, device, session_len, tokenizer, prompts)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory("loading the model", error) from error

@@ -21,6 +21,11 @@ _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 _VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
 _DTYPES = ("float32", "float16", "bfloat16")
 
+# Beyond any model: refused before anything is built with them.
+_MAX_WIDTH = 2**24
+_MAX_LAYERS = 1024
+_MAX_IMAGE_SIDE = 4096
+
 # What a configuration may leave out, as the families' published classes fill it in. None: as many
 # KV heads as query heads; head_dim = hidden_size / num_attention_heads; no end token.
 _DEFAULT_KEYS = (
@@ -47,6 +52,11 @@ _CLIP_DEFAULTS: dict[str, int | float] = {
     "image_size": 224,
     "patch_size": 32,
     "layer_norm_eps": 1e-5,
+}
+_CLIP_MOST = {
+    "num_hidden_layers": _MAX_LAYERS,
+    "image_size": _MAX_IMAGE_SIDE,
+    "patch_size": _MAX_IMAGE_SIDE,
 }
 # Keys that change the mathematics of a decoder, with the only values under which they do not.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -119,11 +129,13 @@ def _decoder(config: Keys, model_type: str, *, needs_sizes: bool) -> ModelSpec:
             f"{config.file}: {config.path}hidden_act {activation!r} is not supported (supported: silu)."
         )
 
-    def size(key: str) -> int:
-        return config.size(key, None if needs_sizes else defaults[key])
+    def size(key: str, most: int = _MAX_WIDTH) -> int:
+        return config.size(key, None if needs_sizes else defaults[key], most=most)
 
     hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
-    num_kv_heads = config.size("num_key_value_heads", defaults["num_key_value_heads"] or num_heads)
+    num_kv_heads = config.size(
+        "num_key_value_heads", defaults["num_key_value_heads"] or num_heads, most=_MAX_WIDTH
+    )
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads {num_heads}")
     head_size = _head_size(config, hidden_size, num_heads, defaults["head_dim"])
@@ -134,7 +146,7 @@ def _decoder(config: Keys, model_type: str, *, needs_sizes: bool) -> ModelSpec:
         vocab_size=size("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=size("intermediate_size"),
-        num_layers=size("num_hidden_layers"),
+        num_layers=size("num_hidden_layers", _MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
@@ -238,9 +250,13 @@ def _vision(config: Keys) -> VisionSpec:
             "(supported: clip_vision_model)."
         )
     clip: dict[str, int | float | str] = {
-        key: raw.size(key, value) if isinstance(value, int) else raw.number(key, value)
+        key: raw.size(key, value, most=_CLIP_MOST.get(key, _MAX_WIDTH))
+        if isinstance(value, int)
+        else raw.number(key, value)
         for key, value in _CLIP_DEFAULTS.items()
     }
+    if clip["num_channels"] != 3:
+        raise raw.error("num_channels", "3 (pictures are read as RGB)")
     if clip["hidden_size"] % clip["num_attention_heads"]:
         raise raw.error(
             "num_attention_heads", f"a divisor of vision_config.hidden_size {clip['hidden_size']}"
@@ -287,7 +303,8 @@ def _feature_layer(config: Keys, num_layers: int) -> int | tuple[int, ...]:
     layers = value if isinstance(value, list) else [value]
     limit = num_layers + 1
     wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int)]
-    if not layers or wrong or any(not -limit <= i < limit for i in layers):
+    is_long = len(layers) > limit
+    if not layers or is_long or wrong or any(not -limit <= i < limit for i in layers):
         raise config.error(
             "vision_feature_layer", f"a layer from {-limit} to {num_layers} or a list of them"
         )
@@ -297,7 +314,7 @@ def _feature_layer(config: Keys, num_layers: int) -> int | tuple[int, ...]:
 def _head_size(config: Keys, hidden_size: int, num_heads: int, default: int | None) -> int:
     if not config.has("head_dim") and default is None and hidden_size % num_heads:
         raise config.error("num_attention_heads", f"a divisor of hidden_size {hidden_size}")
-    head_size = config.size("head_dim", default or hidden_size // num_heads)
+    head_size = config.size("head_dim", default or hidden_size // num_heads, most=_MAX_WIDTH)
     if head_size % 2:
         raise ModelError(
             f"{config.file}: {config.path}head_dim is {head_size}; rotary positions need an even one."

@@ -41,14 +41,14 @@ class Keys:
 
     def error(self, key: str, expected: str) -> ModelError:
         return ModelError(
-            f"{self.file}: {self.path}{key} is {self.raw.get(key)!r}; expected {expected}."
+            f"{self.file}: {self.path}{key} is {self.raw.get(key)!r:.200}; expected {expected}."
         )
 
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; an error if it is absent without a default."""
+    def size(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+        """A whole number from 1 to most; an error if it is absent without a default."""
         value = self.raw.get(key)
         if value is None:
             if default is None:
@@ -56,8 +56,8 @@ class Keys:
                     f"{self.file}: {self.path}{key} is missing; expected a whole number."
                 )
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise self.error(key, "a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(key, f"a whole number from 1 to {most:,}")
         return value
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:

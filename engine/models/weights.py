@@ -70,23 +70,41 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """A checked folder: which tensors it has and where each goes. tied: the head is the embedding."""
+
+    spec: ModelSpec
     entries: dict[str, TensorEntry]
     placements: list[Placement]
     tied: bool
 
 
-def check_weights(folder: Path, spec: ModelSpec) -> None:
-    """Raise ModelError unless the folder's safetensors files hold exactly what spec needs.
+def check_weights(folder: Path, spec: ModelSpec) -> Plan:
+    """What load_model will do; ModelError unless the safetensors files hold exactly what spec needs.
 
     Reads headers only, except a tied model's second copy of the head, which must be compared.
     """
-    _make_plan(Path(folder), spec)
+    entries = read_headers(folder)
+    layout = detect_layout(spec, entries)
+    embed = f"{module_name(spec, 'embed', layout=layout)}.weight"
+    head = f"{module_name(spec, 'head', layout=layout)}.weight"
+    tied = spec.tied_head
+    if tied and embed in entries and head in entries:
+        # transformers 5 ties only what is equal; a different head on disk is the model's own
+        tied = entries[embed].shape == entries[head].shape and _same_values(entries, embed, head)
+    placements = list(decoder_placements(spec, layout, own_head=not tied))
+    if tied and embed not in entries and head in entries:
+        placements = [
+            Placement(head, p.shape, p.target) if p.name == embed else p for p in placements
+        ]
+    if spec.vision is not None:
+        placements += _vision_placements(spec, layout)
+    _check_entries(entries, placements, {head} if tied else set())
+    return Plan(spec, entries, placements, tied)
 
 
 def load_model(
-    folder: Path,
-    spec: ModelSpec,
+    plan: Plan,
     device: torch.device | str,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None] | None = None,
@@ -95,7 +113,7 @@ def load_model(
 
     AWQ scales take dtype too; packed integers stay as they are.
     """
-    plan = _make_plan(Path(folder), spec)
+    spec = plan.spec
     root = nn.Module()
     with torch.device("meta"):
         root.decoder = Decoder(spec)
@@ -114,7 +132,7 @@ def load_model(
             root.decoder.head.weight = root.decoder.embed_weight
         if root.vision is not None:
             root.vision.fill_buffers()
-        _fill(root, plan, spec, on_progress)
+        _fill(root, plan, on_progress)
         for module in root.modules():
             if isinstance(module, AwqLinear):
                 module.finish_loading()
@@ -135,26 +153,6 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
     if not files:
         raise ModelError(_no_safetensors(folder))
     return _merge(files)
-
-
-def _make_plan(folder: Path, spec: ModelSpec) -> _Plan:
-    entries = read_headers(folder)
-    layout = detect_layout(spec, entries)
-    embed = f"{module_name(spec, 'embed', layout=layout)}.weight"
-    head = f"{module_name(spec, 'head', layout=layout)}.weight"
-    tied = spec.tied_head
-    if tied and embed in entries and head in entries:
-        # transformers 5 ties only what is equal; a different head on disk is the model's own
-        tied = entries[embed].shape == entries[head].shape and _same_values(entries, embed, head)
-    placements = list(decoder_placements(spec, layout, own_head=not tied))
-    if tied and embed not in entries and head in entries:
-        placements = [
-            Placement(head, p.shape, p.target) if p.name == embed else p for p in placements
-        ]
-    if spec.vision is not None:
-        placements += _vision_placements(spec, layout)
-    _check_entries(entries, placements, {head} if tied else set())
-    return _Plan(entries, placements, tied)
 
 
 def _vision_placements(spec: ModelSpec, layout: Layout) -> Iterator[Placement]:
@@ -215,9 +213,7 @@ def _no_room(needed: int, free: float) -> CapacityError:
     )
 
 
-def _fill(
-    root: nn.Module, plan: _Plan, spec: ModelSpec, on_progress: Callable[[int, int], None] | None
-) -> None:
+def _fill(root: nn.Module, plan: Plan, on_progress: Callable[[int, int], None] | None) -> None:
     by_file: dict[Path, list[Placement]] = {}
     for placement in plan.placements:
         by_file.setdefault(plan.entries[placement.name].file, []).append(placement)
@@ -227,7 +223,7 @@ def _fill(
         with safe_open(file, framework="pt") as tensors:
             for placement in placements:
                 parameter = root.get_parameter(placement.target)
-                _copy(placement, tensors.get_tensor(placement.name), parameter.data, spec)
+                _copy(placement, tensors.get_tensor(placement.name), parameter.data, plan.spec)
                 done += plan.entries[placement.name].num_bytes
                 if on_progress is not None:
                     on_progress(done, total)
@@ -293,6 +289,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raw = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{_INDEX} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise ModelError(f"{_INDEX} cannot be read: {error.strerror}.") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{_INDEX} has no weight_map; expected tensor names with their files.")

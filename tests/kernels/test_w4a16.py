@@ -19,7 +19,7 @@ from engine.kernels.w4a16 import (
 from engine.kernels.w4a16_layout import dequantize_w4a16, is_packable, pack_w4a16
 from engine.layers.linear import AwqLinear
 from engine.models.families import read_spec
-from engine.models.weights import load_model
+from engine.models.weights import check_weights, load_model
 from tests.paged import plain_logits
 from tests.tiny import make_awq, make_checkpoint
 
@@ -245,7 +245,7 @@ def awq_layers(model):
 
 def test_the_cpu_keeps_the_layout_on_disk(tmp_path):
     awq, _ = make_awq(make_checkpoint(tmp_path / "fp"), tmp_path / "awq", group_size=-1)
-    layers = awq_layers(load_model(awq, read_spec(awq), "cpu", torch.float16))
+    layers = awq_layers(load_model(check_weights(awq, read_spec(awq)), "cpu", torch.float16))
     assert len(layers) == 12
     assert all(layer.packed is None and layer.qweight is not None for layer in layers)
 
@@ -255,10 +255,10 @@ def test_packed_layers_give_the_same_logits(path, tmp_path, monkeypatch):
     options = dict(hidden_size=96, intermediate_size=160, num_hidden_layers=2)
     source = make_checkpoint(tmp_path / "fp", "qwen2", **options)
     awq, _ = make_awq(source, tmp_path / "awq", group_size=32)
-    model = load_model(awq, read_spec(awq), DEVICE, torch.float16)
+    model = load_model(check_weights(awq, read_spec(awq)), DEVICE, torch.float16)
     prompt = [11, 7, 200, 45, 3]
     monkeypatch.setattr(AwqLinear, "finish_loading", lambda layer: None)
-    on_disk = load_model(awq, read_spec(awq), DEVICE, torch.float16)
+    on_disk = load_model(check_weights(awq, read_spec(awq)), DEVICE, torch.float16)
     expected = plain_logits(on_disk, prompt)[0]
     for layer in awq_layers(model):
         if layer.packed is None:

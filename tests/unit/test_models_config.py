@@ -145,7 +145,7 @@ WRONG = {
     ),
     "text size": (
         {"hidden_size": "x"},
-        "config.json: hidden_size is 'x'; expected a whole number of at least 1.",
+        "config.json: hidden_size is 'x'; expected a whole number from 1 to 16,777,216.",
     ),
     "zero size": ({"num_hidden_layers": 0}, "config.json: num_hidden_layers is 0;"),
     "negative size": ({"vocab_size": -5}, "config.json: vocab_size is -5;"),
@@ -245,6 +245,38 @@ WRONG = {
         "modules_to_not_convert is 'lm_head'; expected a list of module names.",
     ),
 }
+
+
+SIZES = [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+]  # fmt: skip
+TOWER_SIZES = [
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [3_000_000_000, 2**31 - 1, 10**30])
+@pytest.mark.parametrize("key", SIZES)
+def test_sizes_beyond_any_model_are_refused_before_anything_is_built(tmp_path, key, size):
+    with pytest.raises(ModelError, match=f"config.json: {key} is {size}; expected a whole number"):
+        spec_of(tmp_path, LLAMA, **{key: size})
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 10**30])
+@pytest.mark.parametrize("key", TOWER_SIZES)
+def test_tower_sizes_beyond_any_model_are_refused(tmp_path, key, size):
+    tower = LLAVA["vision_config"] | {key: size}
+    with pytest.raises(ModelError, match=f"vision_config.{key} is {size}; expected"):
+        spec_of(tmp_path, LLAVA, vision_config=tower)
+
+
+def test_at_most_1024_layers_are_read(tmp_path):
+    assert len(spec_of(tmp_path, LLAMA, num_hidden_layers=1024).windows) == 1024
+    for count in (1025, 3_000_000):
+        with pytest.raises(ModelError, match=f"num_hidden_layers is {count}; .* from 1 to 1,024"):
+            spec_of(tmp_path, LLAMA, num_hidden_layers=count)
 
 
 @pytest.mark.parametrize("name", WRONG)

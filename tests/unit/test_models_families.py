@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.models.families import read_spec, with_rope_scaling_factor
-from engine.models.weights import load_model
+from engine.models.weights import check_weights, load_model
 from tests.paged import PagedRun, plain_logits
 from tests.tiny import (
     FAMILIES,
@@ -87,7 +87,7 @@ if "internlm3" in FAMILIES:
 
 
 def load(folder, dtype=torch.float32):
-    return load_model(folder, read_spec(folder), "cpu", dtype)
+    return load_model(check_weights(folder, read_spec(folder)), "cpu", dtype)
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -180,7 +180,7 @@ def test_dynamic_ntk_grows_with_the_sequence_as_the_reference_does(family, tmp_p
 def test_rope_scaling_factor_is_dynamic_ntk(tmp_path):
     folder = make_checkpoint(tmp_path, "llama", max_position_embeddings=24)
     spec = with_rope_scaling_factor(read_spec(folder), 2.5)
-    logits = plain_logits(load_model(folder, spec, "cpu", torch.float32), PROMPT)[0]
+    logits = plain_logits(load_model(check_weights(folder, spec), "cpu", torch.float32), PROMPT)[0]
     edit_config(
         folder,
         rope_parameters={"rope_type": "dynamic", "factor": 2.5, "rope_theta": 10000.0},
@@ -317,7 +317,10 @@ def test_cuda_equals_the_cpu(variant, tmp_path):
     family, overrides = VARIANTS[variant]
     folder = make_checkpoint(tmp_path, family, max_position_embeddings=24, **overrides)
     spec = read_spec(folder)
-    runs = [PagedRun(load_model(folder, spec, name, torch.float32)) for name in ("cpu", "cuda")]
+    runs = [
+        PagedRun(load_model(check_weights(folder, spec), name, torch.float32))
+        for name in ("cpu", "cuda")
+    ]
     for chunks in ({0: PROMPT[:30], 1: PROMPT[:9]}, {0: [5], 2: PROMPT[:17]}, {0: [6], 1: [7]}):
         cpu, cuda = (run.step(chunks) for run in runs)
         for s in chunks:

@@ -12,12 +12,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine import Engine, EngineConfig
 from engine.errors import CapacityError, ModelError
 from engine.models import weights
 from engine.models.families import read_spec
 from engine.models.weights import check_weights, load_model
 from tests.paged import plain_logits
-from tests.tiny import edit_config, load_folder, make_awq, make_checkpoint, save_folder
+from tests.tiny import (
+    edit_config,
+    load_folder,
+    make_awq,
+    make_checkpoint,
+    save_folder,
+    tiny_tokenizer,
+)
 
 PROMPT = list(range(20, 41))
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,14 +42,14 @@ def check(folder):
 
 
 def logits(folder):
-    return plain_logits(load_model(folder, read_spec(folder), "cpu", torch.float32), PROMPT)[0]
+    return plain_logits(
+        load_model(check_weights(folder, read_spec(folder)), "cpu", torch.float32), PROMPT
+    )[0]
 
 
 def refuses(folder, message):
     with pytest.raises(ModelError, match=re.escape(message)):
         check(folder)
-    with pytest.raises(ModelError, match=re.escape(message)):
-        logits(folder)
 
 
 def change(folder, **tensors):
@@ -89,7 +97,9 @@ def test_links_into_a_hub_cache_are_followed(folder, tmp_path):
 def test_progress_counts_every_byte_once(folder):
     calls = []
     spec = read_spec(folder)
-    model = load_model(folder, spec, "cpu", torch.bfloat16, lambda *call: calls.append(call))
+    model = load_model(
+        check_weights(folder, spec), "cpu", torch.bfloat16, lambda *call: calls.append(call)
+    )
     total = sum(t.nbytes for t in load_folder(folder).values())
     done = [call[0] for call in calls]
     assert done == sorted(done)
@@ -100,7 +110,7 @@ def test_progress_counts_every_byte_once(folder):
 
 def test_weight_bytes_counts_a_tied_head_once(tmp_path):
     folder = make_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
-    model = load_model(folder, read_spec(folder), "cpu", torch.float32)
+    model = load_model(check_weights(folder, read_spec(folder)), "cpu", torch.float32)
     assert model.decoder.head.weight is model.decoder.embed_weight
     assert model.weight_bytes == sum(t.nbytes for t in load_folder(folder).values())
 
@@ -115,6 +125,17 @@ def test_a_tied_head_on_disk_is_used_unless_it_is_the_embedding(tmp_path):
     torch.testing.assert_close(logits(folder), 2 * tied)
     change(folder, lm_head__weight=embed, model__embed_tokens__weight=None)
     assert torch.equal(logits(folder), tied)
+
+
+def test_an_engine_compares_a_tied_head_once(tmp_path, monkeypatch):
+    folder = tiny_tokenizer(make_checkpoint(tmp_path, "llama", tie_word_embeddings=True))
+    change(folder, lm_head__weight=load_folder(folder)[EMBED])
+    compared, same_values = [], weights._same_values
+    monkeypatch.setattr(
+        weights, "_same_values", lambda *names: compared.append(names) or same_values(*names)
+    )
+    Engine.load(EngineConfig(model=folder, device="cpu", cache_tokens=512)).close()
+    assert len(compared) == 1
 
 
 def test_harmless_extras_are_accepted(folder):
@@ -254,6 +275,14 @@ def test_a_broken_index_is_named(content, folder):
     refuses(folder, "model.safetensors.index.json")
 
 
+def test_an_index_that_cannot_be_read_is_named(folder):
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.unlink()
+    index.mkdir()
+    refuses(folder, "model.safetensors.index.json cannot be read: Is a directory.")
+
+
 def test_pickled_weights_are_refused_with_the_way_out(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refuses(folder, "only pytorch_model.bin; only safetensors is read")
@@ -268,18 +297,18 @@ def test_an_empty_folder_is_named(folder):
 def test_a_full_gpu_is_a_capacity_error(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     with pytest.raises(CapacityError, match=r"weights need [\d,]+ bytes of GPU memory; 1,000 are"):
-        load_model(folder, read_spec(folder), "cuda", torch.float32)
+        load_model(check_weights(folder, read_spec(folder)), "cuda", torch.float32)
 
 
 MEMORY_PROBE = """
 import resource, sys, torch
 from pathlib import Path
 from engine.models.families import read_spec
-from engine.models.weights import load_model
+from engine.models.weights import check_weights, load_model
 folder = Path(sys.argv[1])
 spec = read_spec(folder)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = load_model(folder, spec, "cpu", torch.float16)
+model = load_model(check_weights(folder, spec), "cpu", torch.float16)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) * 1024 - model.weight_bytes)
 """
