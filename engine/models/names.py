@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from engine.errors import ModelError
+from engine.layers.linear import AWQ_PACK
 from engine.models.spec import ModelSpec
-
-AWQ_PACK = 8  # 4-bit values in one int32
 
 _HUGGING_FACE = {
     "embed": "model.embed_tokens",

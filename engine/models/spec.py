@@ -79,7 +79,6 @@ class ModelSpec:
     rope: RopeSpec
     max_position: int
     dtype: str
-    activation: str = "silu"
     qkv_layout: Literal["separate", "grouped"] = "separate"
     qkv_bias: bool = False
     o_bias: bool = False
