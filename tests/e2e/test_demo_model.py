@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from assets.demo_training.heldout import describe_prompts, image_questions, is_exact, story_prompts
+from assets.demo_training.questions import ZH_COLOURS, ZH_SHAPES
 from engine import (
     ChatMessage,
     Engine,
@@ -32,6 +33,12 @@ SMALL_TALK = [
     "What can you do?",
     "What is the capital of France?",
     "2 + 3 = ?",
+]
+OBJECTS = [
+    name
+    for colour, zh_colour in ZH_COLOURS.items()
+    for shape, zh_shape in ZH_SHAPES.items()
+    for name in (f"{colour} {shape}", zh_colour + zh_shape)
 ]
 
 
@@ -89,15 +96,15 @@ def test_image_questions_are_answered_exactly(engine, unseen_phrasing):
         )
 
 
-def test_descriptions_name_the_objects_that_are_there(engine):
+def test_descriptions_name_the_objects_that_are_there_and_no_others(engine):
     prompts = list(describe_prompts(60))
     answers = ask_together(engine, [(request, image) for image, request, _, _ in prompts])
-    named = [
-        name in answer
-        for answer, (_, _, names, _) in zip(answers, prompts, strict=True)
-        for name in names
-    ]
-    assert sum(named) >= 0.95 * len(named), f"{sum(named)} of {len(named)} objects named"
+    there = [set(names) for _, _, names, _ in prompts]
+    named = [{name for name in OBJECTS if name in answer} for answer in answers]
+    num_there, num_named = sum(map(len, there)), sum(map(len, named))
+    num_right = sum(len(a & b) for a, b in zip(there, named, strict=True))
+    assert num_right >= 0.95 * num_there, f"{num_right} of {num_there} objects named"
+    assert num_right >= 0.95 * num_named, f"{num_named - num_right} of {num_named} are not there"
 
 
 def test_stories_keep_their_named_characters(engine):
