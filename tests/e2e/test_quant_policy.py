@@ -6,7 +6,7 @@ import torch
 from engine import Engine, EngineConfig, Request, SamplingParams, TextDelta
 from engine.layers.kv_cache import allocate_kv
 from engine.models.families import read_spec
-from engine.models.weights import load_model
+from engine.models.weights import check_weights, load_model
 from tests.paged import PagedRun, plain_logits
 from tests.tiny import make_checkpoint, tiny_tokenizer
 
@@ -55,7 +55,9 @@ def test_the_cache_holds_more_tokens_in_the_same_bytes(checkpoint, policy):
 @pytest.mark.parametrize(("policy", "bound"), [(8, 0.02), (4, 0.35)])
 def test_logits_stay_close_to_the_unquantized_cache(checkpoint, policy, bound):
     """Relative error of prefill and decode logits; int4 of random weights is as far as it gets."""
-    model = load_model(checkpoint, read_spec(checkpoint), torch.device("cpu"), torch.float32)
+    model = load_model(
+        check_weights(checkpoint, read_spec(checkpoint)), torch.device("cpu"), torch.float32
+    )
     prompt = list(PROMPTS[2])
     expected = plain_logits(model, prompt)[0]
     run = PagedRun(model)
