@@ -22,7 +22,7 @@ class EngineConfig:
 
     model: a folder with a Hugging Face checkpoint.
     cache_max_entry_count: share of the memory that is free after the weights, for KV blocks; None is
-        0.8 on a GPU, and on a CPU as much of 0.8 as one gibibyte or one full session takes.
+        0.8 on a GPU, and on a CPU at most two gibibytes.
     cache_bytes, cache_tokens: an absolute KV budget instead of the share; at most one of them.
     session_len: longest prompt plus answer of one request; None takes the model's own.
     max_prefill_token_num: most tokens of one step; longer prompts are read in chunks.

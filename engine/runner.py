@@ -24,7 +24,7 @@ from engine.types import BatchInputs
 
 IMAGE_CACHE_BYTES = 256 * 2**20
 DEFAULT_SHARE = 0.8
-CPU_KV_BYTES = 2**30  # a default that leaves a desktop its memory
+CPU_KV_BYTES = 2 * 2**30  # a default that leaves a desktop its memory
 
 
 class Runner:
@@ -44,10 +44,7 @@ class Runner:
             self._kv = allocate_kv(
                 model.spec, self.num_blocks, self.block_size, model.dtype, device, policy
             )
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # how torch and Python say that memory is short
+        except (RuntimeError, MemoryError) as error:  # torch and Python say it so
             raise CapacityError(
                 f"The KV cache takes {self.num_blocks * self.bytes_per_block:,} bytes, which {device} "
                 "does not have. Lower cache_max_entry_count, cache_bytes or cache_tokens."
@@ -136,7 +133,7 @@ class Runner:
         elif config.cache_bytes is not None:
             count = config.cache_bytes // self.bytes_per_block
         else:
-            count = min(self._budget(config, session_len) // self.bytes_per_block, useful)
+            count = min(self._budget(config) // self.bytes_per_block, useful)
         if count < 1:
             raise CapacityError(
                 f"The KV cache has room for {count} blocks of {self.block_size} tokens "
@@ -152,15 +149,13 @@ class Runner:
             )
         return count
 
-    def _budget(self, config: EngineConfig, session_len: int) -> int:
+    def _budget(self, config: EngineConfig) -> int:
         """Bytes for KV blocks from the share of free memory."""
         free_bytes = self._free_bytes(config)
         if config.cache_max_entry_count is not None:
             return int(free_bytes * config.cache_max_entry_count)
-        if self.device.type == "cuda":
-            return int(free_bytes * DEFAULT_SHARE)
-        session_bytes = -(-session_len // self.block_size) * self.bytes_per_block
-        return min(int(free_bytes * DEFAULT_SHARE), max(CPU_KV_BYTES, session_bytes))
+        most = free_bytes if self.device.type == "cuda" else CPU_KV_BYTES
+        return min(int(free_bytes * DEFAULT_SHARE), most)
 
     def _free_bytes(self, config: EngineConfig) -> int:
         """Free memory once the largest step has its working memory."""

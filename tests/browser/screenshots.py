@@ -14,17 +14,26 @@ from tests.browser.studio import ROOT, running_studio
 
 FOLDER = ROOT / "assets" / "screenshots"
 PICTURE = ROOT / "assets" / "samples" / "boat.png"
+QUESTIONS = ("Describe this picture.", "What color is the sail?")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 380, "height": 740}
 SHOTS = (("light", "light", DESKTOP), ("dark", "dark", DESKTOP), ("phone", "light", PHONE))
 
 
 def converse(page: Page) -> None:
-    """A question about a sample picture, and its answer."""
+    """Two questions about a sample picture, and their likeliest answers."""
+    if not page.locator("#temperature").is_visible():
+        page.click("#toggle-settings")
+    temperature = page.locator("#temperature input[type=number]")
+    temperature.fill("0")
+    temperature.press("Tab")
+    if page.viewport_size == PHONE:
+        page.keyboard.press("Escape")
     page.set_input_files("#composer input[type=file]", PICTURE)
     page.locator("#composer .thumbnail-item").wait_for()
-    page.fill("#composer textarea", "What is in this picture?")
-    page.click("#composer .submit-button")
-    page.locator("#chat-log .lm-stats").wait_for()
+    for count, words in enumerate(QUESTIONS, start=1):
+        page.fill("#composer textarea", words)
+        page.click("#composer .submit-button")
+        page.locator("#chat-log .lm-stats").nth(count - 1).wait_for()
 
 
 def main() -> int:
