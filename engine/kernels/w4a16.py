@@ -3,17 +3,18 @@
 The weight tile is the left operand (out^T = W x^T), so dequantized int4 feeds the tensor cores from
 registers and never passes through shared memory; unpacking is one LOP3 per two weights on numbers
 whose exponent is already in place (Kim et al. 2022, Marlin 2024). Weights lie tile by tile, so a
-program reads one contiguous stretch. Four regimes (launch_config chooses):
+program reads one contiguous stretch. Three regimes (launch_config chooses):
 
-warps      M <= 4: a program's warps share out the K axis and add up on the multiprocessor.
-split      M <= 32: the K axis is split over programs. The last program of a tile to arrive adds the
-           partial sums in a fixed order, or w4a16_partials leaves them to the kernel that follows.
+split      M <= 64: the K axis is split over programs. w4a16_partials leaves their sums to the kernel
+           that follows; w4a16_packed_matmul adds them in a small kernel of its own.
 stream     M <= MAX_STREAM_ROWS: every program takes an equal run of K blocks over all tiles
            (stream-K, Osama et al. 2023), so no multiprocessor idles in a last wave.
 workspace  beyond: dequantize some rows into a workspace that stays in L2, multiply by cuBLAS, go on.
 
 There is no autotuning: launch_config is one function, and tests/bench/bench_kernels.py --sweep prints
-what it should say.
+what it should say. Nor is there a reduction by the last program to arrive (it waits for three trips to
+L2 in a row, on few multiprocessors): the sum in a kernel of its own is faster at every M and needs no
+locks.
 """
 
 from __future__ import annotations
@@ -29,30 +30,22 @@ from torch import Tensor
 
 from engine.kernels.w4a16_layout import BLOCK_K, TILE_N, PackedW4A16
 
-MAX_STREAM_ROWS = 768
+MAX_SPLIT_ROWS = 64
+MAX_STREAM_ROWS = 512
 _WORKSPACE_BYTES = 36 << 20  # of the 60 MB of L2; the rest is for x and the output
 _H200_MULTIPROCESSORS = 132
+_SUM_BLOCK = 256
+_SUM_ROWS = 16
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one shape is launched. programs counts the stream regime's runs; split_k the split regime's.
+    """How one shape is launched. split_k counts the split regime's parts of K; programs the stream's runs."""
 
-    scaled: scales multiply the weights (rounded to x's type) and not the partial products (fp32).
-    prefetch_lines: lines of 128 bytes that a program asks L2 for while the kernel before drains.
-    """
-
-    regime: Literal["warps", "split", "stream", "workspace"]
-    block_n: int = 128
+    regime: Literal["split", "stream", "workspace"]
     block_m: int = 16
     split_k: int = 1
     programs: int = 0
-    num_warps: int = 4
-    num_stages: int = 3
-    scaled: bool = False
-    prefetch_lines: int = 0
-    max_registers: int | None = None
-    pdl: bool = True
 
 
 @cache
@@ -61,64 +54,45 @@ def launch_config(
 ) -> LaunchConfig:
     """The launch for out [m, n] with a weight [n, k].
 
-    Compiled for sm_90 (triton 3.6): scales go into the weights where M tiles are so wide that scaled
-    sums would not fit the registers. 128 x 128 with 4 warps takes 255 registers, two programs a
-    multiprocessor; 128 x 256 with 8 warps the same, one.
+    Measured on an H200 (torch 2.11, triton 3.6): CUDA-graph replays over 320 MB of weights, microseconds
+    for the four Llama-2-7B layers. Four warps and three stages were best throughout; 2, 4 or 5 stages at
+    M = 1 took 46, 39 and 41 where 3 took 38.
+    Stream, block_m 64 against 128: 152 : 173 at M = 128, 200 : 240 at 192, 251 : 254 at 256, 359 : 336
+    at 384; 128 won where tiles of 128 rows waste none and are enough for every program. Two programs a
+    multiprocessor beat one and three. Workspace against stream: 320 : 239 at 256, 405 : 335 at 384,
+    444 : 440 at 512.
     """
     tiles, num_blocks = -(-n // TILE_N), -(-k // BLOCK_K)
-    if m <= 4:
-        narrow = n < 32 * 5 * multiprocessors // 2
-        return LaunchConfig(
-            "warps",
-            block_n=16 if narrow else 32,
-            block_m=8,
-            num_warps=8 if narrow else 4,
-            num_stages=4 if narrow else 3,
-            prefetch_lines=128,
-        )
-    if m <= 32:
-        return split_config(m, n, k, multiprocessors)
+    if m <= MAX_SPLIT_ROWS:
+        block_m = max(8, triton.next_power_of_2(m))
+        split_k = _split_k(block_m, tiles, num_blocks, multiprocessors)
+        return LaunchConfig("split", block_m=block_m, split_k=split_k)
     if m <= MAX_STREAM_ROWS:
-        wide = m > 64 and -(-m // 256) * 2 <= -(-m // 128)  # no more than a tile of 128 would cover
-        block_m = 64 if m <= 64 else 256 if wide else 128
+        programs = 2 * multiprocessors
+        tiles_128 = -(-m // 128)
+        wide = 2 * tiles_128 <= -(-m // 64) and tiles * tiles_128 >= programs
+        block_m = 128 if wide else 64
         total = tiles * -(-m // block_m) * num_blocks
-        return LaunchConfig(
-            "stream",
-            block_m=block_m,
-            programs=min(total, multiprocessors * (1 if wide else 2)),
-            num_warps=8 if wide else 4,
-            scaled=True,
-            prefetch_lines=128,
-        )
+        return LaunchConfig("stream", block_m=block_m, programs=min(total, programs))
     return LaunchConfig("workspace")
 
 
-@cache
-def split_config(
-    m: int, n: int, k: int, multiprocessors: int = _H200_MULTIPROCESSORS
-) -> LaunchConfig:
-    """The split regime for M <= 64.
+def _split_k(block_m: int, tiles: int, num_blocks: int, multiprocessors: int) -> int:
+    """Parts of at least four K blocks that take the least time, counted in K blocks.
 
-    Measured on an H200 (torch 2.11, triton 3.6), CUDA-graph replays over more than 300 MB of weights,
-    Llama-2-7B shapes: BN 128, 4 warps and 3 stages, with SPLIT_K 4 (qkv), 8 (o), 3 (gate_up) and 11
-    (down), were best at M = 1 to 32; BN 256, 8 warps and an L2 prefetch of the whole slice were slower.
-    The rule yields these four: three programs a multiprocessor, of at least four K blocks. At M = 64
-    registers leave room for two. 32 rows take 184 registers unless capped, which fits two, not three.
-    Scaled weights here make ptxas run one wgmma at a time (C7515).
+    A wave takes as long as its K blocks and a start of two, and partial sums cost 2.6 for each program
+    on a multiprocessor. Registers allow 4 programs (sm_90: 96 and 128 registers), 3 (158) or 2 (228).
+    This yields what measured best of 2 to 17 parts for (qkv, o, gate_up, down): (4, 8, 3, 11) up to 16
+    rows, (4, 8, 2, 11) at 32 and (2, 8, 3, 8) at 64.
     """
-    tiles, num_blocks = -(-n // TILE_N), -(-k // BLOCK_K)
-    block_m = 8 if m <= 8 else max(16, triton.next_power_of_2(m))
-    programs = (
-        2 * multiprocessors // tiles if block_m == 64 else -(-29 * multiprocessors // (10 * tiles))
-    )
-    per = -(-num_blocks // max(1, min(programs, num_blocks // 4)))
-    return LaunchConfig(
-        "split",
-        block_m=block_m,
-        split_k=-(-num_blocks // per),
-        prefetch_lines=128,
-        max_registers=168 if block_m == 32 else None,
-    )
+    resident = {8: 4, 16: 4, 32: 3, 64: 2}[block_m] * multiprocessors
+
+    def cost(per: int) -> float:
+        programs = tiles * -(-num_blocks // per)
+        return -(-programs // resident) * (per + 2) + 2.6 * programs / multiprocessors
+
+    per = min(range(num_blocks, min(4, num_blocks) - 1, -1), key=cost)
+    return -(-num_blocks // per)
 
 
 def w4a16_packed_matmul(
@@ -126,15 +100,13 @@ def w4a16_packed_matmul(
 ) -> Tensor:
     """x [M, K] times a packed weight, plus bias [N]. Returns [M, N] of x's type; M may be 0."""
     x = _checked(x, packed, bias)
-    if x.shape[0] == 0:
-        return x.new_empty(0, packed.out_features)
+    m, n, k = x.shape[0], packed.out_features, packed.in_features
+    if m == 0:
+        return x.new_empty(0, n)
     if config is None:
-        m, n, k = x.shape[0], packed.out_features, packed.in_features
         config = launch_config(m, n, k, _multiprocessors_of(x))
-    if config.regime == "warps":
-        return _launch_warps(x, packed, bias, config, x.dtype)
     if config.regime == "split":
-        return _launch_split(x, packed, bias, config, reduce=True)
+        return _sum(_launch_split(x, packed, config, sum_follows=True), bias, x.new_empty(m, n))
     if config.regime == "stream":
         return _launch_stream(x, packed, bias, config)
     return _by_workspace(x, packed, bias)
@@ -144,20 +116,17 @@ def w4a16_partials(x: Tensor, packed: PackedW4A16, config: LaunchConfig | None =
     """fp32 [S, M, N] whose sum over S is x times the weight, for a next kernel that adds while it loads.
 
     M at most 64. S depends on the shape and M's power of two only, so a captured graph keeps it. The
-    consumer adds the S planes in order, then the bias, and rounds to x's type: up to 32 rows that is bit
-    for bit what w4a16_packed_matmul returns. Under programmatic dependent launch the consumer must wait
-    (gdc_wait) before it reads.
+    consumer adds the S planes in order, then the bias, and rounds to x's type: bit for bit what
+    w4a16_packed_matmul returns. Under programmatic dependent launch the consumer must wait (gdc_wait)
+    before it reads.
     """
     x = _checked(x, packed, None)
-    m, n, k = x.shape[0], packed.out_features, packed.in_features
-    if not 0 < m <= 64:
-        raise ValueError(f"x has {m} rows; partial sums exist for 1 to 64.")
+    m = x.shape[0]
+    if not 0 < m <= MAX_SPLIT_ROWS:
+        raise ValueError(f"x has {m} rows; partial sums exist for 1 to {MAX_SPLIT_ROWS}.")
     if config is None:
-        choose = launch_config if m <= 4 else split_config
-        config = choose(m, n, k, _multiprocessors_of(x))
-    if config.regime == "warps":
-        return _launch_warps(x, packed, None, config, torch.float32)[None]
-    return _launch_split(x, packed, None, config, reduce=False)
+        config = launch_config(m, packed.out_features, packed.in_features, _multiprocessors_of(x))
+    return _launch_split(x, packed, config, sum_follows=False)
 
 
 def dequantize_rows(packed: PackedW4A16, first: int, out: Tensor) -> None:
@@ -176,73 +145,61 @@ def dequantize_rows(packed: PackedW4A16, first: int, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _launch_warps(
-    x: Tensor,
-    packed: PackedW4A16,
-    bias: Tensor | None,
-    config: LaunchConfig,
-    out_dtype: torch.dtype,
+def _launch_split(
+    x: Tensor, packed: PackedW4A16, config: LaunchConfig, *, sum_follows: bool
 ) -> Tensor:
     m, n, k = x.shape[0], packed.out_features, packed.in_features
-    out = x.new_empty(m, n, dtype=out_dtype)
-    w4a16_warps_kernel[(-(-n // config.block_n),)](
-        x, packed.tiles, packed.scale_zeros, bias, out,
+    partial = x.new_empty(config.split_k, m, n, dtype=torch.float32)
+    grid = (-(-n // TILE_N), config.split_k, -(-m // config.block_m))
+    w4a16_split_kernel[grid](
+        x, packed.tiles, packed.scale_zeros, partial,
         m, n, k, x.stride(0), packed.num_blocks, packed.scale_zeros.shape[1], packed.group_blocks,
-        BN=config.block_n, BM=config.block_m, WARPS=config.num_warps, GROUP=_group_mode(packed),
-        UNPACK=_unpack_mode(x), STAGES=config.num_stages, HAS_BIAS=bias is not None,
-        PREFETCH_LINES=config.prefetch_lines, num_warps=config.num_warps, **_launch_options(x, config),
+        BM=config.block_m, GROUP=_group_mode(packed), EVEN_K=k % BLOCK_K == 0,
+        UNPACK=_unpack_mode(x), SUM_FOLLOWS=sum_follows, num_warps=4, **_dependent_launch(x),
+    )  # fmt: skip
+    return partial
+
+
+def _sum(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out [M, N] = the planes of partial in order, plus bias."""
+    splits, m, n = partial.shape
+    w4a16_sum_kernel[(-(-m * n // _SUM_BLOCK),)](
+        partial, bias, out, m, n,
+        SPLITS=splits, BLOCK=_SUM_BLOCK, HAS_BIAS=bias is not None, num_warps=4,
+        **_dependent_launch(out),
     )  # fmt: skip
     return out
-
-
-def _launch_split(
-    x: Tensor, packed: PackedW4A16, bias: Tensor | None, config: LaunchConfig, *, reduce: bool
-) -> Tensor:
-    m, n, k = x.shape[0], packed.out_features, packed.in_features
-    out = x.new_empty(m, n) if reduce else None
-    mode = ("whole" if config.split_k == 1 else "last") if reduce else "none"
-    partial = None
-    if mode != "whole":
-        partial = x.new_empty(config.split_k, m, n, dtype=torch.float32)
-    grid = (-(-n // config.block_n), config.split_k, -(-m // config.block_m))
-    w4a16_split_kernel[grid](
-        x, packed.tiles, packed.scale_zeros, bias, out, partial, packed.locks,
-        m, n, k, x.stride(0), packed.num_blocks, packed.scale_zeros.shape[1],
-        packed.group_blocks,
-        BN=config.block_n, BM=config.block_m, GROUP=_group_mode(packed),
-        EVEN_K=k % BLOCK_K == 0, SCALED=config.scaled, UNPACK=_unpack_mode(x),
-        STAGES=config.num_stages, REDUCE=mode, HAS_BIAS=bias is not None,
-        PREFETCH_LINES=config.prefetch_lines, num_warps=config.num_warps, **_launch_options(x, config),
-    )  # fmt: skip
-    return out if reduce else partial
 
 
 def _launch_stream(
     x: Tensor, packed: PackedW4A16, bias: Tensor | None, config: LaunchConfig
 ) -> Tensor:
     m, n, k = x.shape[0], packed.out_features, packed.in_features
-    tiles_m, block_n, block_m = -(-m // config.block_m), config.block_n, config.block_m
-    num_tiles = -(-n // block_n) * tiles_m
-    programs = max(1, min(config.programs, num_tiles * packed.num_blocks))
+    tiles_m, block_m = -(-m // config.block_m), config.block_m
+    num_tiles = -(-n // TILE_N) * tiles_m
+    programs = min(config.programs, num_tiles * packed.num_blocks)
     out = x.new_empty(m, n)
-    partial = x.new_empty(programs, 2, block_m, block_n, dtype=torch.float32)
+    partial = x.new_empty(programs, 2, block_m, TILE_N, dtype=torch.float32)
     w4a16_stream_kernel[(programs,)](
-        x, packed.tiles, packed.scale_zeros, bias, out, partial, packed.locks,
+        x, packed.tiles, packed.scale_zeros, bias, out, partial,
         m, n, k, x.stride(0), packed.num_blocks, packed.scale_zeros.shape[1],
         packed.group_blocks, num_tiles, tiles_m,
-        BN=block_n, BM=block_m, GROUP=_group_mode(packed), EVEN_K=k % BLOCK_K == 0,
-        SCALED=config.scaled, UNPACK=_unpack_mode(x), STAGES=config.num_stages,
-        HAS_BIAS=bias is not None, PREFETCH_LINES=config.prefetch_lines,
-        num_warps=config.num_warps, **_launch_options(x, config),
+        BM=block_m, GROUP=_group_mode(packed), EVEN_K=k % BLOCK_K == 0, UNPACK=_unpack_mode(x),
+        HAS_BIAS=bias is not None, num_warps=4, **_dependent_launch(x),
+    )  # fmt: skip
+    rows = min(_SUM_ROWS, block_m)
+    w4a16_stream_sum_kernel[(num_tiles, block_m // rows)](
+        partial, bias, out, m, n, packed.num_blocks, num_tiles, tiles_m, programs,
+        BM=block_m, ROWS=rows, HAS_BIAS=bias is not None, num_warps=4, **_dependent_launch(x),
     )  # fmt: skip
     return out
 
 
 def _by_workspace(x: Tensor, packed: PackedW4A16, bias: Tensor | None) -> Tensor:
     """Rows of the weight, as many as stay in L2, are dequantized and multiplied at once by cuBLAS."""
-    n, k = packed.out_features, packed.in_features
-    step = workspace_rows(n, k)
-    out, workspace = x.new_empty(x.shape[0], n), x.new_empty(step, k)
+    m, n, k = x.shape[0], packed.out_features, packed.in_features
+    step = workspace_rows(m, n, k)
+    out, workspace = x.new_empty(m, n), x.new_empty(step, k)
     for first in range(0, n, step):
         weight = workspace[: min(step, n - first)]
         dequantize_rows(packed, first, weight)
@@ -254,9 +211,13 @@ def _by_workspace(x: Tensor, packed: PackedW4A16, bias: Tensor | None) -> Tensor
     return out
 
 
-def workspace_rows(n: int, k: int, workspace_bytes: int = _WORKSPACE_BYTES) -> int:
-    """Even pieces of whole tiles, at least 2,048 rows so that cuBLAS fills the multiprocessors."""
-    most = max(2048, workspace_bytes // (2 * k))
+def workspace_rows(m: int, n: int, k: int) -> int:
+    """Even pieces of whole tiles: no larger than fills the multiprocessors, or than stays in L2.
+
+    At M = 2048, four layers, H200: pieces of 2,048 rows took 1,045 us where 4,096 took 1,075 (without
+    down); at M = 256 small pieces leave multiprocessors idle (404 us against 323).
+    """
+    most = max(2048, min(_WORKSPACE_BYTES // (2 * k), (1 << 22) // m))
     pieces = -(-n // most)
     return -(-n // (pieces * TILE_N)) * TILE_N
 
@@ -283,16 +244,15 @@ def _has_dependent_launch() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
-def _launch_options(x: Tensor, config: LaunchConfig) -> dict[str, object]:
-    """The constant PDL, and what only CUDA knows."""
-    if not x.is_cuda:
-        return {"PDL": False}
-    options: dict[str, object] = {"PDL": False}
-    if config.pdl and _has_dependent_launch():
-        options = {"PDL": True, "launch_pdl": True}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
-    return options
+def _dependent_launch(x: Tensor) -> dict[str, bool]:
+    """Programmatic dependent launch: a kernel's programs start while the last of the one before run.
+
+    It saves half a microsecond a kernel, if a matmul lets the next one start only as it ends: started
+    earlier, that one's programs settle unevenly, and four layers take 47 us where 38 do (M = 1, H200).
+    """
+    if x.is_cuda and _has_dependent_launch():
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def _group_mode(packed: PackedW4A16) -> int | str:
@@ -352,7 +312,7 @@ ASM_BF16 = tl.constexpr(_ENTER + _UNPACK_BF16 + _SPLIT_PAIRS)
 ASM_FP16_SCALED = tl.constexpr(_ENTER + _UNPACK_FP16 + _SCALE.format(t="f16x2") + _SPLIT_PAIRS)
 ASM_BF16_SCALED = tl.constexpr(_ENTER + _UNPACK_BF16 + _SCALE.format(t="bf16x2") + _SPLIT_PAIRS)
 ASM_ARGS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r")
-PREFETCH = tl.constexpr("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
+BN = tl.constexpr(TILE_N)
 
 
 @triton.jit
@@ -465,65 +425,56 @@ def load_x(x, k, K, row, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def multiply(w, x, acc, WARPS: tl.constexpr, BN: tl.constexpr):
-    """acc + w x: [BN, 32] by [32, BM], or that for each warp: [WARPS * BN, 32] by [WARPS, 32, BM]."""
-    if WARPS > 1:
-        return tl.dot(w.reshape(WARPS, BN, 32), x, acc, input_precision="ieee")
-    else:
-        return tl.dot(w, x, acc, input_precision="ieee")
-
-
-@triton.jit
-def scale_sums(p, sz, WARPS: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr):
-    """Products times their row's scale."""
-    scale = scale_of(sz, SCALE).to(tl.float32)
-    if WARPS > 1:
-        return p * scale.reshape(WARPS, BN)[:, :, None]
-    else:
-        return p * scale[:, None]
+def scale_sums(p, sz, SCALE: tl.constexpr):
+    """Products [BN, BM] times their row's scale."""
+    return p * scale_of(sz, SCALE).to(tl.float32)[:, None]
 
 
 @triton.jit
 def multiply_block(
     acc, w0, w1, w2, w3, x0, x1, x2, x3, sz0, sz1, sz2, sz3,
-    WARPS: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
-    SCALED: tl.constexpr,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """acc plus one K block; products are scaled group by group unless the weights already are."""
     if SCALED:
-        acc = multiply(w0, x0, acc, WARPS, BN)
-        acc = multiply(w1, x1, acc, WARPS, BN)
-        acc = multiply(w2, x2, acc, WARPS, BN)
-        return multiply(w3, x3, acc, WARPS, BN)
+        acc = tl.dot(w0, x0, acc, input_precision="ieee")
+        acc = tl.dot(w1, x1, acc, input_precision="ieee")
+        acc = tl.dot(w2, x2, acc, input_precision="ieee")
+        return tl.dot(w3, x3, acc, input_precision="ieee")
     else:
         zeros = tl.zeros_like(acc)
-        p = multiply(w0, x0, zeros, WARPS, BN)
+        p = tl.dot(w0, x0, zeros, input_precision="ieee")
         if GROUP == 32:
-            acc += scale_sums(p, sz0, WARPS, BN, SCALE)
+            acc += scale_sums(p, sz0, SCALE)
             p = zeros
-        p = multiply(w1, x1, p, WARPS, BN)
+        p = tl.dot(w1, x1, p, input_precision="ieee")
         if GROUP == 32 or GROUP == 64:
-            acc += scale_sums(p, sz1, WARPS, BN, SCALE)
+            acc += scale_sums(p, sz1, SCALE)
             p = zeros
-        p = multiply(w2, x2, p, WARPS, BN)
+        p = tl.dot(w2, x2, p, input_precision="ieee")
         if GROUP == 32:
-            acc += scale_sums(p, sz2, WARPS, BN, SCALE)
+            acc += scale_sums(p, sz2, SCALE)
             p = zeros
-        p = multiply(w3, x3, p, WARPS, BN)
-        return acc + scale_sums(p, sz3, WARPS, BN, SCALE)
+        p = tl.dot(w3, x3, p, input_precision="ieee")
+        return acc + scale_sums(p, sz3, SCALE)
 
 
 @triton.jit
 def accumulate(
-    acc, x_ptr, w_ptr, sz_ptr, tile_n, m0, n0, first, end,
+    x_ptr, w_ptr, sz_ptr, tile_n, m0, first, end,
     M, K, stride_x, num_blocks, num_groups, group_blocks,
-    BN: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    SCALED: tl.constexpr, UNPACK: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
+    UNPACK: tl.constexpr,
 ):  # fmt: skip
-    """acc [BN, BM] plus W[:, K blocks first ... end - 1] times x^T; n0 is the first row inside the tile."""
+    """[BN, BM]: W[:, K blocks first ... end - 1] times x^T.
+
+    SCALED multiplies scales into the weights (rounded to x's type), not into the partial products
+    (fp32): there the sums of a wide M tile would not fit the registers, here ptxas runs one wgmma at a
+    time (C7515).
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     scale: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
-    rows = n0 + tl.arange(0, BN)
+    rows = tl.arange(0, BN)
     k32 = tl.arange(0, 32)
     m = m0 + tl.arange(0, BM)
     row = m[None, :] < M
@@ -531,7 +482,8 @@ def accumulate(
     w_tile += rows[:, None] * 16 + tl.arange(0, 16)[None, :]
     sz_tile = sz_ptr + tile_n.to(tl.int64) * num_groups * 128
     x_tile = x_ptr + m[None, :].to(tl.int64) * stride_x + k32[:, None]
-    for block in tl.range(first, end, num_stages=STAGES):
+    acc = tl.zeros((BN, BM), tl.float32)
+    for block in tl.range(first, end, num_stages=3):
         w = tl.load(w_tile + block * 2048, eviction_policy="evict_first")
         sz0, sz1, sz2, sz3 = load_scales(sz_tile, rows, block, group_blocks, GROUP)
         k = block * 128 + k32
@@ -542,15 +494,14 @@ def accumulate(
         x3 = load_x(x + 96, k + 96, K, row, EVEN_K)
         w0, w1, w2, w3 = dequantize_block(w, sz0, sz1, sz2, sz3, BN, dtype, scale, SCALED, UNPACK)
         acc = multiply_block(
-            acc, w0, w1, w2, w3, x0, x1, x2, x3, sz0, sz1, sz2, sz3,
-            1, BN, scale, GROUP, SCALED,
-        )  # fmt: skip
+            acc, w0, w1, w2, w3, x0, x1, x2, x3, sz0, sz1, sz2, sz3, scale, GROUP, SCALED
+        )
     return acc
 
 
 @triton.jit
 def store_out(acc, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS: tl.constexpr):
-    """acc [BN, BM] plus bias -> out[m, n]."""
+    """acc [n, m] plus bias -> out[m, n]."""
     inside = (m[None, :] < M) & (n[:, None] < N)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -558,155 +509,78 @@ def store_out(acc, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS: tl.constexpr):
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def prefetch_weights(
-    w_ptr, tile_n, n0, first, num_blocks, BN: tl.constexpr, LINES: tl.constexpr
-):  # fmt: skip
-    """Ask L2 for the first lines of a program's weights: they do not depend on the kernel before."""
-    line = tl.arange(0, LINES)  # of 128 bytes: two rows of a block
-    at = (tile_n.to(tl.int64) * num_blocks + first + line // (BN // 2)) * 2048
-    at += n0 * 16 + (line % (BN // 2)) * 32
-    last = (tile_n.to(tl.int64) + 1) * num_blocks * 2048 - 32
-    address = (w_ptr + tl.minimum(at, last)).to(tl.int64)
-    tl.inline_asm_elementwise(PREFETCH, "=r,l", [address], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit(do_not_specialize=("M", "num_blocks", "num_groups", "group_blocks"))
-def w4a16_warps_kernel(
-    x_ptr, w_ptr, sz_ptr, bias_ptr, out_ptr,
-    M, N, K, stride_x, num_blocks, num_groups, group_blocks,
-    BN: tl.constexpr, BM: tl.constexpr, WARPS: tl.constexpr, GROUP: tl.constexpr,
-    UNPACK: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-    PREFETCH_LINES: tl.constexpr,
-):  # fmt: skip
-    """Grid (N / BN,). Each warp multiplies every WARPS-th K block; the program adds its warps' sums.
-
-    A batched dot gives warp i batch entry i, so nothing is exchanged before the last sum. Every
-    program reads all of x, which is cheap for a few rows only.
-    """
-    pn = tl.program_id(0)
-    tile_n, n0 = (pn * BN) // 128, (pn * BN) % 128
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    scale: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
-    row = tl.arange(0, WARPS * BN)
-    rows, row_warp = n0 + row % BN, row // BN
-    warp = tl.arange(0, WARPS)[:, None, None]
-    k32 = tl.arange(0, 32)[None, :, None]
-    m = tl.arange(0, BM)[None, None, :]
-    w_tile = w_ptr + tile_n.to(tl.int64) * num_blocks * 2048
-    w_tile += rows[:, None] * 16 + tl.arange(0, 16)[None, :]
-    sz_tile = sz_ptr + tile_n.to(tl.int64) * num_groups * 128
-    x_tile = x_ptr + m.to(tl.int64) * stride_x
-    if PDL:
-        if PREFETCH_LINES > 0:
-            prefetch_weights(w_ptr, tile_n, n0, 0, num_blocks, BN, PREFETCH_LINES)
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    acc = tl.zeros((WARPS, BN, BM), tl.float32)
-    for first in tl.range(0, num_blocks, WARPS, num_stages=STAGES):
-        block = tl.minimum(first + row_warp, num_blocks - 1)  # past the end x is 0
-        w = tl.load(w_tile + block[:, None] * 2048, eviction_policy="evict_first")
-        sz0, sz1, sz2, sz3 = load_scales(sz_tile, rows, block, group_blocks, GROUP)
-        k = (first + warp) * 128 + k32
-        x0 = tl.load(x_tile + k, mask=(m < M) & (k < K), other=0.0)
-        x1 = tl.load(x_tile + k + 32, mask=(m < M) & (k + 32 < K), other=0.0)
-        x2 = tl.load(x_tile + k + 64, mask=(m < M) & (k + 64 < K), other=0.0)
-        x3 = tl.load(x_tile + k + 96, mask=(m < M) & (k + 96 < K), other=0.0)
-        w0, w1, w2, w3 = dequantize_block(
-            w, sz0, sz1, sz2, sz3, WARPS * BN, dtype, scale, False, UNPACK
-        )
-        acc = multiply_block(
-            acc, w0, w1, w2, w3, x0, x1, x2, x3, sz0, sz1, sz2, sz3,
-            WARPS, BN, scale, GROUP, False,
-        )  # fmt: skip
-    if PDL and PREFETCH_LINES == 0:
-        tl.extra.cuda.gdc_launch_dependents()
-    n = pn * BN + tl.arange(0, BN)
-    store_out(tl.sum(acc, axis=0), out_ptr, bias_ptr, n, tl.arange(0, BM), M, N, HAS_BIAS)
-
-
 @triton.jit(do_not_specialize=("M", "num_blocks", "num_groups", "group_blocks"))
 def w4a16_split_kernel(
-    x_ptr, w_ptr, sz_ptr, bias_ptr, out_ptr, partial_ptr, lock_ptr,
+    x_ptr, w_ptr, sz_ptr, partial_ptr,
     M, N, K, stride_x, num_blocks, num_groups, group_blocks,
-    BN: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    SCALED: tl.constexpr, UNPACK: tl.constexpr, STAGES: tl.constexpr, REDUCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr, PREFETCH_LINES: tl.constexpr,
+    BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr, UNPACK: tl.constexpr,
+    SUM_FOLLOWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / BN, splits of K, M / BM). partial fp32 [splits, M, N]; locks: zero before and after.
+    """Grid (tiles of N, splits of K, M / BM) -> partial fp32 [splits, M, N].
 
-    REDUCE "none" leaves the partial sums. "last": the last of a tile's programs to arrive adds them,
-    always from the first to the last, so the result does not depend on who was last. "whole": K is
-    not split.
+    SUM_FOLLOWS: the next kernel is w4a16_sum_kernel, whose few registers fit beside this one's.
     """
     pn, pk, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
-    tile_n, n0 = (pn * BN) // 128, (pn * BN) % 128
     per = (num_blocks + splits - 1) // splits
     first = pk * per
     end = tl.minimum(first + per, num_blocks)
-    n, m = pn * BN + tl.arange(0, BN), pm * BM + tl.arange(0, BM)
     if PDL:
-        if PREFETCH_LINES > 0:
-            prefetch_weights(w_ptr, tile_n, n0, first, num_blocks, BN, PREFETCH_LINES)
+        if SUM_FOLLOWS:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    acc = tl.zeros((BN, BM), tl.float32)
     acc = accumulate(
-        acc, x_ptr, w_ptr, sz_ptr, tile_n, pm * BM, n0, first, end,
+        x_ptr, w_ptr, sz_ptr, pn, pm * BM, first, end,
         M, K, stride_x, num_blocks, num_groups, group_blocks,
-        BN, BM, GROUP, EVEN_K, SCALED, UNPACK, STAGES,
+        BM, GROUP, EVEN_K, False, UNPACK,
     )  # fmt: skip
-    if PDL and PREFETCH_LINES == 0:
+    if PDL and not SUM_FOLLOWS:
         tl.extra.cuda.gdc_launch_dependents()
-    if REDUCE == "whole":
-        store_out(acc, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS)
-    else:
-        inside = (m[None, :] < M) & (n[:, None] < N)
-        plane = M.to(tl.int64) * N
-        at = partial_ptr + m[None, :].to(tl.int64) * N + n[:, None]
-        tl.store(at + pk * plane, acc, mask=inside)
-        if REDUCE == "last":
-            tl.debug_barrier()  # all threads have stored before one of them says so
-            lock = lock_ptr + pm * tl.num_programs(0) + pn
-            ticket = tl.atomic_add(lock, 1, sem="acq_rel")
-            if ticket == splits - 1:
-                total = tl.zeros((BN, BM), tl.float32)
-                for part in range(splits):
-                    at_part = at + part * plane
-                    total += tl.load(at_part, mask=inside, other=0.0, cache_modifier=".cg")
-                store_out(total, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS)
-                tl.store(lock, 0)
+    n, m = pn * BN + tl.arange(0, BN), pm * BM + tl.arange(0, BM)
+    at = partial_ptr + pk * (M.to(tl.int64) * N) + m[None, :].to(tl.int64) * N + n[:, None]
+    tl.store(at, acc, mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit(do_not_specialize=("M",))
+def w4a16_sum_kernel(
+    partial_ptr, bias_ptr, out_ptr, M, N,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (M * N / BLOCK): partial fp32 [SPLITS, M, N], first to last, plus bias -> out [M, N]."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    plane = M.to(tl.int64) * N
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < plane
+    total = tl.load(partial_ptr + at, mask=inside, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(partial_ptr + part * plane + at, mask=inside, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
     do_not_specialize=("M", "num_blocks", "num_groups", "group_blocks", "num_tiles", "tiles_m")
 )
 def w4a16_stream_kernel(
-    x_ptr, w_ptr, sz_ptr, bias_ptr, out_ptr, partial_ptr, lock_ptr,
+    x_ptr, w_ptr, sz_ptr, bias_ptr, out_ptr, partial_ptr,
     M, N, K, stride_x, num_blocks, num_groups, group_blocks, num_tiles, tiles_m,
-    BN: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    SCALED: tl.constexpr, UNPACK: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH_LINES: tl.constexpr,
+    BM: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr, UNPACK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program p of P takes K blocks p T / P ... (p + 1) T / P of all T, tile after tile (M fastest).
 
     A tile that one program covers is stored at once. Of a shared tile each program writes its part to
-    partial fp32 [P, 2, BN, BM] (slot 0: its run starts in this tile, 1: before it) and the last to
-    arrive adds the parts in order. Needs P >= tiles for a part to fit a slot; holds for any P.
+    partial fp32 [P, 2, BM, BN] (slot 0: its run starts in this tile, 1: before it).
     """
     p, num_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     total_blocks = num_tiles.to(tl.int64) * num_blocks
     at, end = p * total_blocks // num_programs, (p + 1) * total_blocks // num_programs
     run_start = at
     rn, rm = tl.arange(0, BN), tl.arange(0, BM)
-    slot_at = rn[:, None] + rm[None, :] * BN  # as the accumulator lies: n is contiguous
     if PDL:
-        if PREFETCH_LINES > 0:
-            tile = at // num_blocks
-            n0 = ((tile // tiles_m) * BN).to(tl.int32)
-            block = (at - tile * num_blocks).to(tl.int32)
-            prefetch_weights(w_ptr, n0 // 128, n0 % 128, block, num_blocks, BN, PREFETCH_LINES)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     while at < end:
@@ -714,35 +588,44 @@ def w4a16_stream_kernel(
         first = (at - tile * num_blocks).to(tl.int32)
         last = tl.minimum(end - tile * num_blocks, num_blocks).to(tl.int32)
         pn, pm = (tile // tiles_m).to(tl.int32), (tile % tiles_m).to(tl.int32)
-        acc = tl.zeros((BN, BM), tl.float32)
         acc = accumulate(
-            acc, x_ptr, w_ptr, sz_ptr, (pn * BN) // 128, pm * BM, (pn * BN) % 128, first, last,
+            x_ptr, w_ptr, sz_ptr, pn, pm * BM, first, last,
             M, K, stride_x, num_blocks, num_groups, group_blocks,
-            BN, BM, GROUP, EVEN_K, SCALED, UNPACK, STAGES,
+            BM, GROUP, EVEN_K, True, UNPACK,
         )  # fmt: skip
-        n, m = pn * BN + rn, pm * BM + rm
         if last - first == num_blocks:
-            store_out(acc, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS)
+            store_out(acc, out_ptr, bias_ptr, pn * BN + rn, pm * BM + rm, M, N, HAS_BIAS)
         else:
             slot = 2 * p + tl.where(at == run_start, 0, 1)
-            tl.store(partial_ptr + slot * (BN * BM) + slot_at, acc)
-            tl.debug_barrier()
-            ticket = tl.atomic_add(lock_ptr + tile, 1, sem="acq_rel")
-            # the programs whose runs hold the first and the last block of this tile
-            head = ((tile * num_blocks + 1) * num_programs - 1) // total_blocks
-            tail = ((tile + 1) * num_blocks * num_programs - 1) // total_blocks
-            if ticket == tail - head:
-                total = tl.zeros((BN, BM), tl.float32)
-                for part in range(head, tail + 1):
-                    part_start = part * total_blocks // num_programs
-                    part_slot = 2 * part + tl.where(part_start >= tile * num_blocks, 0, 1)
-                    # the first program of the tile may have begun in an earlier one
-                    total += tl.load(
-                        partial_ptr + part_slot * (BN * BM) + slot_at, cache_modifier=".cg"
-                    )
-                store_out(total, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS)
-                tl.store(lock_ptr + tile, 0)
+            tl.store(partial_ptr + slot * (BM * BN) + rm[None, :] * BN + rn[:, None], acc)
         at = tile * num_blocks + last
+
+
+@triton.jit(do_not_specialize=("M", "num_blocks", "num_tiles", "tiles_m", "num_programs"))
+def w4a16_stream_sum_kernel(
+    partial_ptr, bias_ptr, out_ptr, M, N, num_blocks, num_tiles, tiles_m, num_programs,
+    BM: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, BM / ROWS): the parts of a shared tile, first to last, plus bias -> out."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(0).to(tl.int64)
+    total_blocks = num_tiles.to(tl.int64) * num_blocks
+    # the programs whose runs hold the first and the last block of this tile
+    head = ((tile * num_blocks + 1) * num_programs - 1) // total_blocks
+    tail = ((tile + 1) * num_blocks * num_programs - 1) // total_blocks
+    if head < tail:
+        rn, rm = tl.arange(0, BN), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        slot_at = rm[None, :] * BN + rn[:, None]
+        total = tl.zeros((BN, ROWS), tl.float32)
+        for part in range(head, tail + 1):
+            # the first program of the tile may have begun in an earlier one
+            begun_before = part * total_blocks // num_programs < tile * num_blocks
+            slot = 2 * part + tl.where(begun_before, 1, 0)
+            total += tl.load(partial_ptr + slot * (BM * BN) + slot_at)
+        n, m = (tile // tiles_m) * BN + rn, (tile % tiles_m) * BM + rm
+        store_out(total, out_ptr, bias_ptr, n, m, M, N, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=("first_tile", "rows", "num_blocks", "num_groups", "group_blocks"))

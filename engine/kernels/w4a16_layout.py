@@ -25,13 +25,11 @@ class PackedW4A16:
     """A weight [K, N] in kernel layout; rows past N and k past K are padding with scale 0.
 
     tiles int32 [N / 128, K / 128, 128, 16]; scale_zeros int32 [N / 128, groups, 128]: the scale's bits
-    in the low half, the zero point above; locks int32, zero between kernels. Kernels of one weight must
-    not run at the same time on two streams, because they share the locks.
+    in the low half, the zero point above.
     """
 
     tiles: Tensor
     scale_zeros: Tensor
-    locks: Tensor
     in_features: int
     out_features: int
     group_size: int
@@ -79,7 +77,6 @@ def pack_w4a16(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int)
     return PackedW4A16(
         tiles,
         _pack_scales(scales, unpack_awq(qzeros), num_tiles, group_size, num_blocks),
-        qweight.new_zeros(num_tiles * 24),  # one a tile and 32 rows of x, up to 768
         in_features,
         out_features,
         group_size,
