@@ -34,8 +34,9 @@ MAX_SPLIT_ROWS = 64
 MAX_STREAM_ROWS = 512
 _WORKSPACE_BYTES = 36 << 20  # of the 60 MB of L2; the rest is for x and the output
 _H200_MULTIPROCESSORS = 132
+# H200, four layers, M = 1, 16, 64: 41, 51 and 93 us; with 128: 41, 54, 105; with 512: 42, 50, 89
 _SUM_BLOCK = 256
-_SUM_ROWS = 16
+_SUM_ROWS = 16  # M = 128, 256: 144, 235 us; 4: 146, 243; 32: 148, 247
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def launch_config(
     M = 1 took 46, 39 and 41 where 3 took 38.
     Stream, block_m 64 against 128: 152 : 173 at M = 128, 200 : 240 at 192, 251 : 254 at 256, 359 : 336
     at 384; 128 won where tiles of 128 rows waste none and are enough for every program. Two programs a
-    multiprocessor beat one and three. Workspace against stream: 320 : 239 at 256, 405 : 335 at 384,
-    444 : 440 at 512.
+    multiprocessor beat one and three. (These with the sum still inside; its own kernel took 1 to 6% off.)
+    Workspace against stream: 320 : 237 at 256, 405 : 335 at 384, 444 : 418 at 512.
     """
     tiles, num_blocks = -(-n // TILE_N), -(-k // BLOCK_K)
     if m <= MAX_SPLIT_ROWS:
@@ -214,8 +215,8 @@ def _by_workspace(x: Tensor, packed: PackedW4A16, bias: Tensor | None) -> Tensor
 def workspace_rows(m: int, n: int, k: int) -> int:
     """Even pieces of whole tiles: no larger than fills the multiprocessors, or than stays in L2.
 
-    At M = 2048, four layers, H200: pieces of 2,048 rows took 1,045 us where 4,096 took 1,075 (without
-    down); at M = 256 small pieces leave multiprocessors idle (404 us against 323).
+    Four layers, H200: at M = 2048 pieces of 2,048 rows took 1,258 and 1,303 us, 4,096 rows 1,386 and
+    1,402; at M = 1024 725 and 730 against 708 and 731. At M = 256 small pieces leave multiprocessors idle.
     """
     most = max(2048, min(_WORKSPACE_BYTES // (2 * k), (1 << 22) // m))
     pieces = -(-n // most)
@@ -518,7 +519,8 @@ def w4a16_split_kernel(
 ):  # fmt: skip
     """Grid (tiles of N, splits of K, M / BM) -> partial fp32 [splits, M, N].
 
-    SUM_FOLLOWS: the next kernel is w4a16_sum_kernel, whose few registers fit beside this one's.
+    SUM_FOLLOWS: the next kernel is w4a16_sum_kernel, whose few registers fit beside this one's, so it may
+    start at once (with it 41 us instead of 45 at M = 1, 51 instead of 52 at 16; H200, four layers).
     """
     pn, pk, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
