@@ -26,6 +26,9 @@ class EngineConfig:
     cache_bytes, cache_tokens: an absolute KV budget instead of the share; at most one of them.
     session_len: longest prompt plus answer of one request; None takes the model's own.
     max_prefill_token_num: most tokens of one step; longer prompts are read in chunks.
+    cuda_graph_max_batch: decode steps of up to so many sequences run as CUDA graphs, captured at load;
+        None is max_batch_size, 0 turns them off. The memory for them (0.4 GB for a 7B model at 64, engine/graphs.py)
+        comes off what the KV cache may take.
     quant_policy: bits of the KV cache as in LMDeploy since 0.4: 0 as the model computes, 8 or 4 integers.
     """
 
@@ -46,6 +49,13 @@ class EngineConfig:
     max_prefill_token_num: int = 2048
     rope_scaling_factor: float = 0.0
     quant_policy: Literal[0, 8, 4] = 0
+    cuda_graph_max_batch: int | None = None
+
+    @property
+    def largest_graph(self) -> int:
+        """cuda_graph_max_batch with its default; a larger batch than max_batch_size never comes."""
+        asked = self.cuda_graph_max_batch
+        return self.max_batch_size if asked is None else min(asked, self.max_batch_size)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -56,6 +66,8 @@ class EngineConfig:
         for name in ("session_len", "cache_bytes", "cache_tokens"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
+        if self.cuda_graph_max_batch not in (None, 0):
+            _at_least_one("cuda_graph_max_batch", self.cuda_graph_max_batch)
         share = self.cache_max_entry_count
         if share is not None and not (math.isfinite(share) and 0 < share <= 1):
             raise ConfigError(

@@ -3,6 +3,11 @@
 One thread owns the model and the scheduler; everything else talks to it through an inbox, and every
 request hears back through its own sink. A request that fails, fails alone: when a step raises, its
 sequences are tried one by one. The idea of a loop with an inbox is vLLM's and SGLang's.
+
+On a GPU a decode step is started before the tokens of the one before it are read (they stay on the
+device), so the host's work on n hides behind the device's on n + 1 (SGLang's overlapped scheduler). A
+sequence that turns out to have ended, or was aborted, has then been computed once in vain: that token
+is dropped. Its blocks may be given away at once, since the device works in order.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.blocks import BlockManager
 from engine.chat import ChatTemplate
@@ -30,6 +36,7 @@ from engine.errors import (
     QueueFullError,
     RequestError,
 )
+from engine.inputs import to_device
 from engine.models.families import read_spec, with_rope_scaling_factor
 from engine.models.weights import Model, check_weights, load_model
 from engine.prompt import PromptBuilder
@@ -41,7 +48,7 @@ from engine.resolve import (
     shareable_tokens,
 )
 from engine.runner import Runner
-from engine.sampler import INVALID_TOKEN, Sampler, TokenLogprobs
+from engine.sampler import INVALID_TOKEN, Sampled, Sampler, TokenLogprobs, has_penalty
 from engine.scheduler import Scheduler, Work
 from engine.sequence import Sequence
 from engine.tokenizer import StreamDecoder, Tokenizer
@@ -49,6 +56,7 @@ from engine.types import ChatMessage, Event, Finished, FinishReason, Logprob, Re
 
 log = logging.getLogger(__name__)
 
+OVERLAPPED = ("cuda",)  # device types on which the next step starts early
 STALL_S = {"cuda": 30.0, "cpu": 300.0}  # a step that takes longer makes the engine unhealthy
 UNLOADED = "The model was unloaded. Load a model and try again."
 
@@ -67,6 +75,18 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int
     completion_tokens: int
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that the device has been given, and the tokens that it picks (None: it picks none).
+
+    picks says which items have one; it is kept because an item whose sequence ends meanwhile forgets.
+    """
+
+    work: list[Work]
+    picks: list[bool]
+    sampled: Sampled | None
 
 
 class Engine:
@@ -106,6 +126,8 @@ class Engine:
         self._completion_tokens = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: set[Sequence] = set()  # owned by the loop thread
+        self._next: _Flight | None = None  # started before the step before it was read
+        self._starts_early = device.type in OVERLAPPED
         self._admission = threading.Lock()
         self._num_open = 0
         self._is_closed = False
@@ -311,6 +333,8 @@ class Engine:
     # The loop's side: everything below runs on the engine's own thread.
 
     def _loop(self) -> None:
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)
         while not self._is_closed:
             try:
                 self._drain_inbox()
@@ -319,11 +343,13 @@ class Engine:
             except Exception:
                 # The loop must outlive any fault; those whose state is unknown are told.
                 log.exception("engine step failed")
+                self._next = None
                 self._fail_all(EngineError("The engine failed on this step; please try again."))
             finally:
                 self._step_began = None
         while not self._inbox.empty():
             self._inbox.get()()
+        self._next = None
         self._fail_all(EngineError("The model was unloaded while it was answering."))
 
     def _drain_inbox(self) -> None:
@@ -342,43 +368,86 @@ class Engine:
             self._prompt_tokens += sequence.num_prompt
 
     def _step(self) -> None:
-        work = self._scheduler.schedule()
-        if not work:
-            return
-        try:
-            outcomes = self._compute(work)
-        except Exception as error:
-            if len(work) == 1:
-                self._fail(work[0].sequence, error)
+        flight, self._next = self._next, None
+        if flight is None:
+            work = self._scheduler.schedule()
+            if not work:
                 return
-            log.warning("a step over %d sequences failed; trying each alone", len(work))
-            for item in work:
-                self._step_alone(item)
-            return
-        self._commit(work, outcomes)
-
-    def _step_alone(self, item: Work) -> None:
+            try:
+                flight = self._start(work)
+            except Exception as error:
+                self._step_apart(work, error)
+                return
+        self._next = self._start_next(flight)
         try:
-            outcomes = self._compute([item])
+            outcomes = self._read(flight)
         except Exception as error:
-            self._fail(item.sequence, error)
-        else:
-            self._commit([item], outcomes)
+            self._next = None
+            self._step_apart(flight.work, error)
+            return
+        self._commit(flight.work, outcomes)
+        if not self._scheduler.running:
+            self._next = None  # all of it is in vain
 
-    def _compute(self, work: list[Work]) -> list[tuple[int, TokenLogprobs | None] | None]:
-        """Forward and sample -> a token for each item that reached its last known token."""
-        logits = self._runner.forward(work)
+    def _step_apart(self, work: list[Work], error: Exception) -> None:
+        """A step failed with `error`: find out whose fault it is."""
+        work = [item for item in work if not item.sequence.is_finished]
+        if len(work) == 1:
+            self._fail(work[0].sequence, error)
+            return
+        log.warning("a step over %d sequences failed; trying each alone", len(work))
+        for item in work:
+            try:
+                outcomes = self._read(self._start([item]))
+            except Exception as own_error:
+                self._fail(item.sequence, own_error)
+            else:
+                self._commit([item], outcomes)
+
+    def _start(self, work: list[Work], input_ids: Tensor | None = None) -> _Flight:
+        """Forward and sample, without waiting for the device; input_ids: see Runner.forward."""
+        ahead = 0 if input_ids is None else 1
+        logits = self._runner.forward(work, input_ids) if ahead else self._runner.forward(work)
+        picks = [item.samples for item in work]
         sampling = [item.sequence for item in work if item.samples]
         if not sampling:
-            return [None] * len(work)
-        banned = [self._banned(sequence) for sequence in sampling]
-        tokens, logprobs = self._sampler.sample(logits, sampling, banned)
-        sampled = iter(zip(tokens, logprobs, strict=True))
-        return [next(sampled) if item.samples else None for item in work]
+            return _Flight(work, picks, None)
+        banned = [self._banned(sequence, ahead) for sequence in sampling]
+        return _Flight(work, picks, self._sampler.sample(logits, sampling, banned, ahead))
 
-    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
+    def _start_next(self, flight: _Flight) -> _Flight | None:
+        """The step after `flight`, if it needs nothing that only the host will know once it has read it."""
+        if not self._starts_early or flight.sampled is None or not self._inbox.empty():
+            return None
+        if any(_needs_host(item.sequence) for item in flight.work):
+            return None
+        work = self._scheduler.look_ahead(flight.work)
+        if not work:
+            return None
+        tokens = flight.sampled.tokens
+        picking = [i.sequence for i, picks in zip(flight.work, flight.picks, strict=True) if picks]
+        if len(work) < len(picking):
+            rows = {sequence: row for row, sequence in enumerate(picking)}
+            index = [rows[item.sequence] for item in work]
+            tokens = tokens[to_device(index, torch.int64, tokens.device)]
+        try:
+            return self._start(work, tokens)
+        except Exception:
+            # It will be scheduled again after this one, and then its failure finds its owner.
+            log.warning("a step could not be started early", exc_info=True)
+            return None
+
+    def _read(self, flight: _Flight) -> list[tuple[int, TokenLogprobs | None] | None]:
+        """Wait for the step -> a token for each item that reached its last known token."""
+        if flight.sampled is None:
+            return [None] * len(flight.work)
+        tokens, logprobs = flight.sampled.collect()
+        sampled = iter(zip(tokens, logprobs, strict=True))
+        return [next(sampled) if picks else None for picks in flight.picks]
+
+    def _banned(self, sequence: Sequence, ahead: int) -> tuple[int, ...]:
         params = sequence.params
-        if sequence.num_output >= params.min_new_tokens:
+        if sequence.num_output + ahead >= params.min_new_tokens:
             return ()
         ends = {*self._tokenizer.eos_token_ids, *params.stop_token_ids}
         return tuple(token for token in ends if token < self.spec.vocab_size)
@@ -387,6 +456,8 @@ class Engine:
         self, work: list[Work], outcomes: list[tuple[int, TokenLogprobs | None] | None]
     ) -> None:
         for item, outcome in zip(work, outcomes, strict=True):
+            if item.sequence.is_finished:  # since the step began
+                continue
             token, logprobs = outcome or (None, None)
             if token == INVALID_TOKEN:
                 self._fail(item.sequence, EngineError(_NOT_FINITE.format(dtype=self.dtype)))
@@ -473,6 +544,11 @@ _NOT_FINITE = (
     "The model computed NaN or Inf for this request in {dtype}. Load it with dtype bfloat16 or float32; "
     "if that fails too, its weights are damaged."
 )
+
+
+def _needs_host(sequence: Sequence) -> bool:
+    """Penalties count tokens and log probabilities are read apart: both wait for the step before."""
+    return sequence.params.logprobs is not None or has_penalty(sequence)
 
 
 def _return_unused_memory(device: torch.device) -> None:

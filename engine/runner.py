@@ -1,11 +1,12 @@
 """Runs a scheduled step on the device: work items -> flat tensors -> logits. Owns the KV cache.
 
 Also sizes that cache: the share of free memory that EngineConfig asks for, measured after a trial
-forward pass so that a full step still fits beside it.
+forward pass so that a full step and the decode graphs still fit beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence as Rows
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
+from engine.graphs import DecodeGraphs, reserved_bytes
+from engine.inputs import InputLayout, first_position, to_device, write_inputs
 from engine.layers.kv_cache import allocate_kv, kv_bytes_per_block
 from engine.models.weights import Model
 from engine.prompt import ImageSpan
@@ -51,52 +54,89 @@ class Runner:
             ) from error
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._feature_bytes = 0
+        self._graphs = self._capture_graphs(config, session_len)
 
     @torch.inference_mode()
-    def forward(self, work: Rows[Work]) -> Tensor:
-        """Compute `work` (single-token rows first) -> logits [number of sampling items, V] float32."""
-        inputs = self._inputs(work)
-        hidden = self.model.decoder.embed(inputs.input_ids)
-        self._place_images(hidden, work)
+    def forward(self, work: Rows[Work], input_ids: Tensor | None = None) -> Tensor:
+        """Compute `work` (single-token rows first) -> logits [number of sampling items, V] float32.
+
+        input_ids [len(work)]: `work` is one token ahead of what is committed (Scheduler.look_ahead), and
+        only the device knows these tokens. The result is good until the next call.
+        """
+        ahead = 0 if input_ids is None else 1
+        layout = self._graph_layout(work, ahead)
+        if layout is not None:
+            host = self._write(layout, work, ahead)
+            return self._graphs.replay(layout, host, input_ids)[: len(work)]
+        inputs = self._inputs(work, ahead)
+        hidden = self.model.decoder.embed(inputs.input_ids if input_ids is None else input_ids)
+        if not ahead:
+            self._place_images(hidden, work)
         hidden = self.model.decoder.forward(hidden, inputs, self._kv)
-        ends = list(itertools.accumulate(item.count for item in work))
+        ends = itertools.accumulate(item.count for item in work)
         last = [end - 1 for end, item in zip(ends, work, strict=True) if item.samples]
-        return self.model.decoder.logits(hidden[last])
+        if len(last) < hidden.shape[0]:
+            hidden = hidden.index_select(0, to_device(last, torch.int64, self.device))
+        return self.model.decoder.logits(hidden)
 
     def free(self) -> None:
         """Let go of the weights, the KV cache and the picture features; nothing runs after this."""
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # a device that failed has nothing to wait for
+                torch.cuda.synchronize(self.device)
         del self.model
+        self._graphs = None
         self._kv.clear()
         self._features.clear()
 
-    def _inputs(self, work: Rows[Work]) -> BatchInputs:
-        size = self.block_size
-        ids, positions, slots, contexts, starts, rope_lens = [], [], [], [], [0], []
+    def _capture_graphs(self, config: EngineConfig, session_len: int) -> DecodeGraphs | None:
+        if self.device.type != "cuda" or config.largest_graph == 0:
+            return None
+        graphs = DecodeGraphs(
+            self.model.decoder,
+            self._kv,
+            self.device,
+            max_rows=config.largest_graph,
+            block_size=self.block_size,
+            max_context=min(session_len, self.num_blocks * self.block_size),
+            has_rope_lens=self._has_dynamic_rope,
+        )
+        return graphs if graphs.sizes else None
+
+    def _graph_layout(self, work: Rows[Work], ahead: int) -> InputLayout | None:
+        """The graph's layout if every item is one row that picks a token and is no part of a picture."""
+        if self._graphs is None:
+            return None
         for item in work:
-            table = item.sequence.block_table
-            begin = item.sequence.num_computed
-            end = begin + item.count
-            ids += item.sequence.tokens[begin:end]
-            positions += range(begin, end)
-            slots += [table[p // size] * size + p % size for p in range(begin, end)]
-            if self._has_dynamic_rope:
-                rope_lens += [max(p + 1, item.sequence.num_prompt) for p in range(begin, end)]
-            contexts.append(end)
-            starts.append(len(ids))
-        width = -(-max(contexts) // size)
-        tables = [(item.sequence.block_table + [0] * width)[:width] for item in work]
+            if item.count > 1 or not item.samples:
+                return None
+            begin = first_position(item, ahead)
+            if any(s.start <= begin < s.start + s.length for s in item.sequence.images):
+                return None
+        return self._graphs.layout_for(len(work))
+
+    def _inputs(self, work: Rows[Work], ahead: int) -> BatchInputs:
+        contexts = [first_position(item, ahead) + item.count for item in work]
+        layout = InputLayout(
+            num_rows=sum(item.count for item in work),
+            num_sequences=len(work),
+            width=-(-max(contexts) // self.block_size),
+            has_rope_lens=self._has_dynamic_rope,
+        )
+        buffer = self._write(layout, work, ahead).to(self.device, non_blocking=True)
         return BatchInputs(
-            input_ids=self._tensor(ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            cu_seqlens=self._tensor(starts, torch.int32),
-            context_lens=self._tensor(contexts, torch.int32),
-            block_tables=self._tensor(tables, torch.int32),
+            **layout.device_views(buffer),
             query_lens=tuple(item.count for item in work),
             max_context_len=max(contexts),
             num_decodes=sum(item.count == 1 for item in work),
-            rope_lens=self._tensor(rope_lens) if self._has_dynamic_rope else None,
         )
+
+    def _write(self, layout: InputLayout, work: Rows[Work], ahead: int) -> Tensor:
+        """A host buffer with the step; torch keeps pinned memory until the copy out of it is done."""
+        pinned = self.device.type == "cuda"
+        buffer = torch.empty(layout.num_words, dtype=torch.int32, pin_memory=pinned)
+        write_inputs(layout, buffer, work, self.block_size, ahead)
+        return buffer
 
     def _place_images(self, hidden: Tensor, work: Rows[Work]) -> None:
         """Overwrite the placeholder rows of `hidden` [T, hidden_size] with picture features."""
@@ -168,7 +208,8 @@ class Runner:
         working = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
-        return max(free - working, 0)
+        graphs = reserved_bytes(self.model.spec, config.largest_graph)
+        return max(free - working - graphs, 0)
 
     @torch.inference_mode()
     def _trial(self, count: int) -> None:
@@ -188,4 +229,4 @@ class Runner:
         decoder.logits(hidden[-1:])
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        return to_device(values, dtype, self.device)

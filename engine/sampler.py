@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.inputs import to_device
 from engine.sequence import Sequence
 
 INVALID_TOKEN = -1  # stands for a row whose logits are not finite
@@ -25,6 +26,28 @@ class TokenLogprobs:
 
     sampled: float
     top: tuple[tuple[int, float], ...]
+
+
+class Sampled:
+    """The tokens of one step. `tokens` [B] stay on the device, each a valid id: the next step may read them."""
+
+    def __init__(self, tokens: Tensor, ids: Tensor, logprobs: _LogprobRows) -> None:
+        self.tokens = tokens
+        self._ids, self._logprobs = ids, logprobs
+        self._copied: torch.cuda.Event | None = None
+        if ids.is_cuda:
+            self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            self._ids.copy_(ids, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(ids.device))
+
+    @torch.inference_mode()
+    def collect(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Wait for the device: (ids, INVALID_TOKEN where there is none; logprobs where asked)."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        ids = self._ids.tolist()
+        return ids, self._logprobs.collect(ids)
 
 
 class Sampler:
@@ -41,21 +64,25 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, sequences: Rows[Sequence], banned: Rows[tuple[int, ...]]
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """logits [B, V] float32, changed in place -> one token id a row, and logprobs where asked.
+        self,
+        logits: Tensor,
+        sequences: Rows[Sequence],
+        banned: Rows[tuple[int, ...]],
+        ahead: int = 0,
+    ) -> Sampled:
+        """logits [B, V] float32, changed in place -> one token a row, on its way to the host.
 
         banned[b] are the token ids that row b must not pick now (ends before min_new_tokens).
-        A row with NaN or Inf yields INVALID_TOKEN.
+        A row with NaN or Inf yields INVALID_TOKEN. ahead 1: each sequence's last token is not known yet.
         """
-        is_finite = logits.isfinite().all(dim=-1)
+        low, high = logits.aminmax(dim=-1)  # NaN wins both
+        is_finite = high - low < float("inf")
         logprobs = _LogprobRows(logits, sequences)
         self._ban_and_bias(logits, sequences, banned)
         self._penalize(logits, sequences)
-        tokens = self._pick(logits, sequences)
+        tokens = self._pick(logits, sequences, ahead)
         self._count(sequences, tokens)
-        ids = tokens.masked_fill(~is_finite, INVALID_TOKEN).tolist()
-        return ids, logprobs.collect(ids)
+        return Sampled(tokens, torch.where(is_finite, tokens, INVALID_TOKEN), logprobs)
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence's counts (finished, or preempted: they are rebuilt from its tokens)."""
@@ -81,32 +108,68 @@ class Sampler:
             logits.index_put_(at, self._tensor(values, torch.float32), accumulate=True)
 
     def _penalize(self, logits: Tensor, sequences: Rows[Sequence]) -> None:
-        rows = [b for b, sequence in enumerate(sequences) if _has_penalty(sequence)]
+        rows = [b for b, sequence in enumerate(sequences) if has_penalty(sequence)]
         if not rows:
             return
         slots = self._tensor([self._slot(sequences[b]) for b in rows])
         params = [sequences[b].params for b in rows]
         counts = self._output_counts[slots]
         seen = self._in_prompt[slots] | (counts > 0)
-        repetition = self._column([p.repetition_penalty for p in params])
-        frequency = self._column([p.frequency_penalty for p in params])
-        presence = self._column([p.presence_penalty for p in params])
+        repetition, frequency, presence = self._columns(
+            [p.repetition_penalty for p in params],
+            [p.frequency_penalty for p in params],
+            [p.presence_penalty for p in params],
+        )
         index = self._tensor(rows)
         chosen = logits[index]
         scaled = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
         chosen = torch.where(seen, scaled, chosen)
         logits[index] = chosen - frequency * counts - presence * (counts > 0)
 
-    def _pick(self, logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-        greedy = logits.argmax(dim=-1)
-        rows = [b for b, sequence in enumerate(sequences) if sequence.params.temperature > 0]
-        if not rows:
-            return greedy
-        params = [sequences[b].params for b in rows]
-        uniform = self._column([sequences[b].uniform() for b in rows])
-        index = self._tensor(rows)
-        temperature = self._column([max(p.temperature, MIN_TEMPERATURE) for p in params])
-        values, order = logits[index].sort(dim=-1, descending=True)
+    def _pick(self, logits: Tensor, sequences: Rows[Sequence], ahead: int) -> Tensor:
+        tokens = greedy = logits.argmax(dim=-1)
+        sampled = [b for b, sequence in enumerate(sequences) if sequence.params.temperature > 0]
+        # A row takes the way that its own settings ask for, so its tokens do not depend on the batch.
+        filtered = [b for b in sampled if _has_filter(sequences[b])]
+        plain = [b for b in sampled if not _has_filter(sequences[b])]
+        for rows, pick in ((plain, self._pick_plain), (filtered, self._pick_filtered)):
+            if not rows:
+                continue
+            chosen = [sequences[b] for b in rows]
+            if len(rows) == len(sequences):
+                return pick(logits, greedy, chosen, ahead)
+            index = self._tensor(rows)
+            tokens = tokens.index_copy(0, index, pick(logits[index], greedy[index], chosen, ahead))
+        return tokens
+
+    def _pick_plain(
+        self, logits: Tensor, greedy: Tensor, sequences: Rows[Sequence], ahead: int
+    ) -> Tensor:
+        """Temperature alone: no sort. Rounding may land on a token of probability 0; greedy is sure."""
+        uniform, temperature = self._columns(
+            [s.uniform(ahead) for s in sequences],
+            [max(s.params.temperature, MIN_TEMPERATURE) for s in sequences],
+        )
+        top = logits.gather(1, greedy[:, None])
+        probs = ((logits - top) / temperature).softmax(dim=-1)
+        cumulative = probs.cumsum(dim=-1)
+        point = uniform * cumulative[:, -1:]
+        picked = torch.searchsorted(cumulative, point, right=True)
+        picked = picked.clamp(max=logits.shape[-1] - 1)
+        is_possible = probs.gather(1, picked) > 0
+        return torch.where(is_possible, picked, greedy[:, None]).squeeze(1)
+
+    def _pick_filtered(
+        self, logits: Tensor, greedy: Tensor, sequences: Rows[Sequence], ahead: int
+    ) -> Tensor:
+        params = [sequence.params for sequence in sequences]
+        uniform, temperature, top_p, min_p = self._columns(
+            [s.uniform(ahead) for s in sequences],
+            [max(p.temperature, MIN_TEMPERATURE) for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+        )
+        values, order = logits.sort(dim=-1, descending=True)
         values = (values - values[:, :1]) / temperature
         probs = values.softmax(dim=-1)
         ranks = torch.arange(probs.shape[-1], device=probs.device)
@@ -114,21 +177,22 @@ class Sampler:
         probs = probs.masked_fill(ranks >= limits, 0.0)
         probs /= probs.sum(dim=-1, keepdim=True)
         before = probs.cumsum(dim=-1) - probs  # mass above this rank; 0 for the first
-        probs = probs.masked_fill(before >= self._column([p.top_p for p in params]), 0.0)
-        floor = probs[:, :1] * self._column([p.min_p for p in params])
-        probs = probs.masked_fill(probs < floor, 0.0)
+        probs = probs.masked_fill(before >= top_p, 0.0)
+        probs = probs.masked_fill(probs < probs[:, :1] * min_p, 0.0)
         cumulative = probs.cumsum(dim=-1)
         picked = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
         # Rounding can put the point past the last token that was kept.
         picked = torch.minimum(picked, (probs > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-        return greedy.index_copy(0, index, order.gather(1, picked).squeeze(1))
+        return order.gather(1, picked).squeeze(1)
 
     def _count(self, sequences: Rows[Sequence], tokens: Tensor) -> None:
-        rows = [b for b, sequence in enumerate(sequences) if _has_penalty(sequence)]
+        rows = [b for b, sequence in enumerate(sequences) if has_penalty(sequence)]
         if rows:
             slots = self._tensor([self._row_of[sequences[b].id] for b in rows])
             ones = torch.ones(len(rows), dtype=torch.int32, device=self._device)
-            self._output_counts.index_put_((slots, tokens[rows]), ones, accumulate=True)
+            self._output_counts.index_put_(
+                (slots, tokens[self._tensor(rows)]), ones, accumulate=True
+            )
 
     def _slot(self, sequence: Sequence) -> int:
         row = self._row_of.get(sequence.id)
@@ -147,10 +211,11 @@ class Sampler:
         return row
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        return to_device(values, dtype, self._device)
 
-    def _column(self, values: list[float]) -> Tensor:
-        return self._tensor(values, torch.float32).unsqueeze(1)
+    def _columns(self, *columns: list[float]) -> Tensor:
+        """Each list as a column [n, 1] fp32; one copy to the device for all."""
+        return self._tensor(columns, torch.float32).unsqueeze(2)
 
 
 class _LogprobRows:
@@ -172,10 +237,15 @@ class _LogprobRows:
         return result
 
 
-def _has_penalty(sequence: Sequence) -> bool:
+def has_penalty(sequence: Sequence) -> bool:
     params = sequence.params
     return (
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
     )
+
+
+def _has_filter(sequence: Sequence) -> bool:
+    params = sequence.params
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0

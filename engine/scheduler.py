@@ -62,6 +62,30 @@ class Scheduler:
             work += self._admit(budget)
         return sorted(work, key=lambda item: item.count > 1)
 
+    def look_ahead(self, work: list[Work]) -> list[Work]:
+        """The decode step after `work`, before anyone knows which tokens `work` picks; [] if unclear.
+
+        It holds each running sequence that max_tokens does not end with this token. A sequence that
+        turns out to end otherwise is computed in vain. Clear means: everyone decoded in `work`, nobody
+        could be admitted, and there are blocks without preemption. The step counts once it is committed;
+        until then it may be forgotten, and `schedule` finds its blocks in place.
+        """
+        picking = {item.sequence for item in work if item.samples and item.count == 1}
+        running = set(self.running)
+        if not running <= picking or (self.waiting and len(running) < self.max_batch_size):
+            return []
+        going = [
+            item.sequence
+            for item in work
+            if item.sequence in running and item.sequence.num_tokens + 1 < item.sequence.max_tokens
+        ]
+        missing = [self._missing(sequence, sequence.num_tokens + 1) for sequence in going]
+        if sum(missing) > self.blocks.num_available:
+            return []
+        for sequence, count in zip(going, missing, strict=True):
+            sequence.block_table += self.blocks.allocate(count)
+        return [Work(sequence, 1) for sequence in going]
+
     def commit(self, work: Work, token: int | None) -> None:
         """Record that `work` is in the cache, and the token that was sampled after it."""
         sequence = work.sequence
@@ -84,7 +108,8 @@ class Scheduler:
         self.blocks.check(sequence.block_table for sequence in self.running)
         for sequence in self.running:
             needed = self._blocks_for(sequence.num_computed)
-            if not needed <= len(sequence.block_table) <= self._blocks_for(sequence.num_tokens):
+            # `look_ahead` may have taken a block for the token that comes next.
+            if not needed <= len(sequence.block_table) <= self._blocks_for(sequence.num_tokens + 1):
                 raise AssertionError(
                     f"sequence {sequence.id} holds {len(sequence.block_table)} blocks "
                     f"for {sequence.num_computed} of {sequence.num_tokens} tokens"
@@ -180,7 +205,7 @@ class Scheduler:
         sequence.num_published = 0
 
     def _missing(self, sequence: Sequence, num_tokens: int) -> int:
-        return self._blocks_for(num_tokens) - len(sequence.block_table)
+        return max(self._blocks_for(num_tokens) - len(sequence.block_table), 0)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -53,7 +53,7 @@ class Sequence:
         self.is_finished = False
         self.is_aborted = False
         self._hashes: list[bytes] = []
-        self._uniform = (-1, 0.0)  # for which answer token, and the number
+        self._uniforms: list[float] = []  # one for each answer token
         self._arrived = time.perf_counter() if arrived is None else arrived
         self._admitted: float | None = None
         self._first_token: float | None = None
@@ -80,11 +80,15 @@ class Sequence:
             self._hashes.append(digest.digest())
         return self._hashes[:num_blocks]
 
-    def uniform(self) -> float:
-        """The random number in [0, 1) for the next token, the same one if its step is tried again."""
-        if self._uniform[0] != self.num_output:
-            self._uniform = (self.num_output, self.rng.random())
-        return self._uniform[1]
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) for the next token, or the one `ahead` of it.
+
+        A step that is tried again, or was computed in vain, finds the same number.
+        """
+        index = self.num_output + ahead
+        while len(self._uniforms) <= index:
+            self._uniforms.append(self.rng.random())
+        return self._uniforms[index]
 
     def mark_admitted(self, num_shared: int) -> None:
         if self._admitted is None:

@@ -70,8 +70,13 @@ def count_splits(programs: int, max_context_len: int, num_multiprocessors: int) 
     """
     wave = 2 * num_multiprocessors
     wanted = wave // programs if programs < wave else -(-16 * wave // programs)
-    shortest = 128 if programs < wave else 512  # tokens
+    shortest = shortest_split(programs, num_multiprocessors)
     return max(1, min(wanted, -(-max_context_len // shortest), MAX_SPLITS))
+
+
+def shortest_split(programs: int, num_multiprocessors: int) -> int:
+    """Tokens that pay for a split: a sequence too short for all of its launch's splits uses fewer."""
+    return 128 if programs < 2 * num_multiprocessors else 512
 
 
 def supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, quant: KVQuant | None) -> str | None:
@@ -133,10 +138,12 @@ def paged_attention(
     if quant is not None:
         compute = torch.float32 if q.dtype == torch.float32 else torch.float16
 
-    def run(launch: Launch, grid: tuple[int, int, int], first: int, splits: int) -> None:
+    def run(
+        launch: Launch, grid: tuple[int, int, int], first: int, splits: int, min_tiles: int = 1
+    ) -> None:
         _launch(
             launch, grid, out, q, k_cache, v_cache, block_tables, context_lens, cu_seqlens, first,
-            splits, scale, window, quant, counters, compute,
+            splits, min_tiles, scale, window, quant, counters, compute,
             q.is_cuda if assembly is None else assembly,
         )  # fmt: skip
 
@@ -144,9 +151,12 @@ def paged_attention(
         launch = decode or decode_launch(group, head_size, k_cache.dtype, compute)
         programs = num_decodes * num_kv_heads
         span = max_context_len if window is None else min(max_context_len, window)
+        min_tiles = 1
         if num_splits is None:
-            num_splits = count_splits(programs, span, _num_multiprocessors(q.device))
-        run(launch, (num_splits, num_kv_heads, num_decodes), 0, num_splits)
+            multiprocessors = _num_multiprocessors(q.device)
+            num_splits = count_splits(programs, span, multiprocessors)
+            min_tiles = shortest_split(programs, multiprocessors) // launch.block_n
+        run(launch, (num_splits, num_kv_heads, num_decodes), 0, num_splits, min_tiles)
     if num_decodes < num_sequences:
         launch = prefill or prefill_launch(group, head_size, compute)
         tiles = -(-max(query_lens[num_decodes:]) // (launch.block_m // group))
@@ -172,6 +182,7 @@ def _launch(
     cu_seqlens: Tensor,
     first_sequence: int,
     num_splits: int,
+    min_tiles: int,
     scale: float,
     window: int | None,
     quant: KVQuant | None,
@@ -179,7 +190,7 @@ def _launch(
     compute: torch.dtype,
     assembly: bool,
 ) -> None:
-    """num_splits 0 is a prefill launch."""
+    """num_splits 0 is a prefill launch; min_tiles is the least that a split of a decode launch reads."""
     num_kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
     num_heads, head_size = q.shape[1:]
     group = num_heads // num_kv_heads
@@ -221,6 +232,7 @@ def _launch(
         stats,
         context_lens if counters is None else counters,
         first_sequence,
+        min_tiles,
         scale * LOG2_E,
         0 if window is None else window,
         q.stride(0),
@@ -487,7 +499,7 @@ def _affine(x, v_scale_ptr, v_zero_ptr, channel, channel_ok, BITS: tl.constexpr)
     return x * scale + (zero + scale * (2 ** (BITS - 1)))
 
 
-@triton.jit(do_not_specialize=("first_sequence", "window", "stride_table"))
+@triton.jit(do_not_specialize=("first_sequence", "min_tiles", "window", "stride_table"))
 def paged_attention_kernel(
     out_ptr,
     q_ptr,
@@ -505,6 +517,7 @@ def paged_attention_kernel(
     stats_ptr,
     counter_ptr,
     first_sequence,
+    min_tiles,
     scale_log2,
     window,
     stride_q_row,
@@ -564,7 +577,7 @@ def paged_attention_kernel(
     num_tiles = tl.cdiv(tl.maximum(high - first_key, 0), BLOCK_N)
     begin, end, num_active = 0, num_tiles, 1
     if SPLIT:
-        per_split = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(0)), 1)
+        per_split = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(0)), min_tiles)
         num_active = tl.maximum(tl.cdiv(num_tiles, per_split), 1)
         begin = tl.program_id(0) * per_split
         end = tl.minimum(begin + per_split, num_tiles)

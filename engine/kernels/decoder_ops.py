@@ -213,6 +213,9 @@ def _runs(x: Tensor, name: str, reason: str | None) -> bool:
     if reason is None:
         return True
     shape = f"{name} {list(x.shape[1:])} {x.dtype}"
+    if torch.cuda.is_current_stream_capturing():
+        # Plain torch may wait for the device, which would break the capture; this only ends it.
+        raise RuntimeError(f"{shape} runs in plain torch: {reason}.")
     if shape not in _reported:
         _reported.add(shape)
         log.warning("%s runs in plain torch: %s.", shape, reason)

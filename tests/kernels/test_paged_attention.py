@@ -22,8 +22,11 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cov
 SMALL = {"decode": Launch(16, 16, 4, 1), "prefill": Launch(16, 16, 4, 1)}
 
 
-def check(pool, window=None, tolerance=2e-3, **options):
-    """Runs into memory that was NaN: a row that nobody writes shows."""
+def check(pool, window=None, tolerance=2e-3, capacity=None, **options):
+    """Runs into memory that was NaN: a row that nobody writes shows.
+
+    capacity: the longest context that the launch must fit, if not that of the pool.
+    """
     scale = pool.q.shape[-1] ** -0.5
     torch.empty_like(pool.q).fill_(float("nan"))  # the allocator hands these bytes to the output
     out = paged_attention(
@@ -34,7 +37,7 @@ def check(pool, window=None, tolerance=2e-3, **options):
         pool.context_lens,
         pool.cu_seqlens,
         pool.query_lens,
-        int(pool.context_lens.max()),
+        capacity or int(pool.context_lens.max()),
         pool.num_decodes,
         scale,
         window,
@@ -72,6 +75,17 @@ def test_splits_add_up(num_splits, form):
     pool = make_pool(contexts, (1,) * 4, 4, form=form)
     counters = torch.zeros(64, dtype=torch.int32)
     check(pool, num_splits=num_splits, counters=counters, **SMALL)
+    assert not counters.any()
+
+
+@on_cpu
+@pytest.mark.parametrize("form", ["plain", "online int8"])
+def test_a_launch_for_long_contexts_serves_short_ones(form):
+    """As a captured graph does: splits for 4096 tokens, and sequences that are too short for most."""
+    pool = make_pool((1, 0, 300, 150), (1,) * 4, 4, num_heads=1, num_kv_heads=1, form=form)
+    counters = torch.zeros(64, dtype=torch.int32)
+    check(pool, capacity=4096, counters=counters, **SMALL)
+    assert count_splits(4, 4096, 4) > 1
     assert not counters.any()
 
 

@@ -41,7 +41,7 @@ def make(params=None, prompt=(1, 2, 3), output=(), uniform=None):
 
 def sample(logits, sequences, banned=None, sampler=None):
     sampler = sampler or Sampler(logits.shape[-1], 4096, CPU)
-    return sampler.sample(logits.clone(), sequences, banned or [()] * len(sequences))
+    return sampler.sample(logits.clone(), sequences, banned or [()] * len(sequences)).collect()
 
 
 @pytest.mark.parametrize(

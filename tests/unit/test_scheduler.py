@@ -69,8 +69,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.alive.append(sequence)
         self.scheduler.add(sequence)
 
-    @rule(fork=st.booleans())
-    def step(self, fork):
+    @rule(fork=st.booleans(), ahead=st.booleans(), ends=st.booleans())
+    def step(self, fork, ahead, ends):
+        """One step, or two of which the second begins before the first one's tokens are known."""
         work = self.scheduler.schedule()
         self.scheduler.check()
         assert sum(item.count for item in work) <= self.max_step
@@ -79,12 +80,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert counts == sorted(counts, key=lambda count: count > 1), "single-token rows come first"
         for item in work:
             self.write(item.sequence, item.count)
+        following = self.scheduler.look_ahead(work) if ahead else []
+        self.scheduler.check()
+        for item in following:  # what the device computes, perhaps in vain
+            assert item.sequence.num_tokens + 1 < item.sequence.max_tokens
+            self.content[self.slot(item.sequence, item.sequence.num_computed + 1)] = ("unknown",)
+        self.commit(work, fork)
+        if ends and following:
+            self.leave(following[0].sequence)
+        self.scheduler.check()
+        following = [item for item in following if item.sequence in self.alive]
+        for item in following:
+            self.write(item.sequence, 1)
+        self.commit(following, fork)
+
+    def commit(self, work, fork):
         for item in work:
             token = (5 if fork else next(self.tokens)) if item.samples else None
             self.scheduler.commit(item, token)
             if item.sequence.num_tokens >= item.sequence.max_tokens:
-                self.scheduler.remove(item.sequence)
-                self.alive.remove(item.sequence)
+                self.leave(item.sequence)
+
+    def leave(self, sequence):
+        self.scheduler.remove(sequence)
+        self.alive.remove(sequence)
 
     @rule(index=st.integers(0, 1000))
     def abort(self, index):
@@ -126,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(10_000):
             if not getattr(self, "alive", None):
                 break
-            self.step(False)
+            self.step(False, False, False)
         if hasattr(self, "scheduler"):
             assert not self.alive, "some sequences never finished"
             assert self.scheduler.blocks.num_available == self.scheduler.blocks.num_blocks
