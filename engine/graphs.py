@@ -95,7 +95,7 @@ class DecodeGraphs:
         sizes = list(self._layouts)
         gc.collect()  # a tensor that dies while a stream is captured could end the capture
         torch.cuda.empty_cache()
-        free_before, _ = torch.cuda.mem_get_info(self._device)
+        reserved_before = torch.cuda.memory_reserved(self._device)
         words = max(layout.num_words for layout in self._layouts.values())
         self._words = torch.zeros(words, dtype=torch.int32, device=self._device)
         # It begins every layout.
@@ -114,7 +114,7 @@ class DecodeGraphs:
                 log.warning("decode steps of %d rows run without a CUDA graph: %s", rows, error)
                 break
             torch.cuda.empty_cache()  # what the uncaptured run took
-            taken = free_before - torch.cuda.mem_get_info(self._device)[0]
+            taken = torch.cuda.memory_reserved(self._device) - reserved_before
             if taken > budget:
                 log.warning(
                     "the CUDA graph of %d rows brings the graphs to %d of %d bytes, and is left out",
@@ -123,6 +123,8 @@ class DecodeGraphs:
                     budget,
                 )
                 graph.reset()
+                if not self._graphs:  # the pool went with its only graph
+                    pool = torch.cuda.graph_pool_handle()
                 continue
             self._graphs[rows] = graph
         torch.cuda.current_stream(self._device).wait_stream(stream)

@@ -79,6 +79,7 @@ def count_replays(engine):
 
 @pytest.mark.parametrize("quant_policy", [0, 8, 4])
 @pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
 def test_a_replay_has_the_logits_of_an_eager_step(folders, name, quant_policy):
     """Same padded inputs, contexts from one token to many blocks, all batch sizes; fp16."""
     spec = read_spec(folders[name])
