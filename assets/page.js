@@ -1,7 +1,8 @@
 // The page's own script: header, labels and keys. Texts come in LMDECK_TEXT; the server's words reach
 // the page as textContent only, so that no name can become markup.
 (() => {
-  const POLL_MS = 2000, POLL_LOADING_MS = 700, WIDE = matchMedia("(min-width: 1000px)");
+  const POLL_MS = 2000, POLL_LOADING_MS = 700, POLL_HURRIED_MS = 200;
+  const WIDE = matchMedia("(min-width: 1000px)");
   const touch = matchMedia("(pointer: coarse)");
   const say = (key, values = {}) => LMDECK_TEXT[key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
   const find = (selector) => document.querySelector(selector);
@@ -23,11 +24,21 @@
   const settle = () => showSettings(WIDE.matches && localStorage.getItem("lmdeck-settings") !== "closed");
   WIDE.addEventListener("change", settle);
   settle();
+  // Over the chat, the panel takes the keyboard's focus with it, both ways.
+  const coverWithSettings = (open) => {
+    const inside = find("#settings")?.contains(document.activeElement);
+    showSettings(open);
+    if (open) find("#close-settings")?.focus();
+    else if (inside) find("#toggle-settings")?.focus();
+  };
 
   document.addEventListener("click", (event) => {
     if (event.target.closest("#toggle-settings")) {
+      if (!WIDE.matches) return coverWithSettings(!settingsOpen());
       showSettings(!settingsOpen());
-      if (WIDE.matches) localStorage.setItem("lmdeck-settings", document.documentElement.dataset.settings);
+      localStorage.setItem("lmdeck-settings", document.documentElement.dataset.settings);
+    } else if (event.target.closest("#close-settings")) {
+      coverWithSettings(false);
     } else if (event.target.closest("#lm-theme")) {
       const theme = document.body.classList.contains("dark") ? "light" : "dark";
       localStorage.setItem("lmdeck-theme", theme);
@@ -46,7 +57,7 @@
     } else if (event.key === "Escape" && event.type === "keydown" && !composing) {
       const stop = find("#composer .stop-button");
       if (stop) stop.click();
-      else if (!WIDE.matches) showSettings(false);
+      else if (!WIDE.matches) coverWithSettings(false);
     }
   };
   for (const type of ["keydown", "keypress"]) document.addEventListener(type, onKey, true);
@@ -80,6 +91,8 @@
     set(find("#toggle-settings"), "aria-expanded", String(settingsOpen()));
     set(find("#toggle-settings"), "aria-controls", "settings");
     set(find("#lm-theme"), "title", say("button.theme"));
+    keepEndInSight();
+    noticeAnswering();
   }
   let labelling = false;
   new MutationObserver(() => {
@@ -87,6 +100,23 @@
     labelling = true;
     requestAnimationFrame(() => { labelling = false; label(); });
   }).observe(document.documentElement, { childList: true, subtree: true });
+
+  // When the composer grows, a conversation that was at its end stays there.
+  let watched = null, height = 0;
+  const resized = new ResizeObserver(() => {
+    const before = height;
+    height = watched.clientHeight;
+    const hidden = watched.scrollHeight - watched.scrollTop - before;
+    if (height < before && hidden < 40) watched.scrollTop = watched.scrollHeight;
+  });
+  function keepEndInSight() {
+    const log = find("#chat-log .bubble-wrap");
+    if (!log || log === watched) return;
+    resized.disconnect();
+    watched = log;
+    height = log.clientHeight;
+    resized.observe(log);
+  }
 
   // The header: one short request now and then while the page is visible.
   function show(status) {
@@ -113,20 +143,31 @@
     lastShown = shown;
     if (behind >= 2) { behind = 0; find("#refollow")?.click(); }
   }
+  // An answer that begins or ends is news: ask at once, and briefly more often, as the engine needs a moment.
+  let answering = false, hurried = 0, timer = 0, polling = false;
+  function noticeAnswering() {
+    if (Boolean(find("#composer .stop-button")) === answering) return;
+    answering = !answering;
+    hurried = 3;
+    if (!polling) { clearTimeout(timer); poll(); }
+  }
   async function poll() {
     let wait = POLL_MS;
+    polling = true;
     if (document.visibilityState === "visible" && find("#lm-words")) {
       try {
         const id = encodeURIComponent(window.lmdeckConversation || "");
         const status = await (await fetch(`ui/status?conversation=${id}`, { cache: "no-store" })).json();
         if (status.phase === "loading" || status.phase === "busy") wait = POLL_LOADING_MS;
         show(status);
-        keepUp(status.version);
+        if (hurried) { hurried -= 1; wait = POLL_HURRIED_MS; }
+        else keepUp(status.version);
       } catch {
         show({ phase: "failed", words: say("state.unreachable") });
       }
     } else wait = 200;
-    setTimeout(poll, wait);
+    polling = false;
+    timer = setTimeout(poll, wait);
   }
   poll();
 })();

@@ -41,7 +41,7 @@ class Settings:
 
 def build_settings() -> Settings:
     with gr.Column(elem_id="settings", min_width=0):
-        gr.Markdown(f"## {text('settings.title')}\n{text('settings.note')}")
+        gr.HTML(_heading_html(), elem_id="settings-head", padding=False)
         system_prompt = gr.Textbox(
             elem_id="system-prompt",
             label=text("settings.system_prompt"),
@@ -66,6 +66,13 @@ def build_settings() -> Settings:
             ),
         }
     return Settings(by_name)
+
+
+def _heading_html() -> str:
+    """The panel's heading; its close button shows where the panel covers the chat (assets/page.js)."""
+    return f"""<h2>{text("settings.title")}</h2><p>{text("settings.note")}</p>
+<button id="close-settings" type="button" aria-label="{text("button.close_settings")}"><svg viewBox="0 0 24 24"
+ aria-hidden="true"><path d="M6 6l12 12M18 6L6 18"/></svg></button>"""
 
 
 def _slider(name: str, low: float, high: float, value: float, step: float) -> gr.Slider:

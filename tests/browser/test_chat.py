@@ -199,6 +199,26 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(open_endless_page, width):
     assert max(page.evaluate(widths)) <= width
 
 
+def test_settings_over_the_chat_close_by_button_and_give_the_focus_back(open_page):
+    page = open_page(viewport={"width": 380, "height": 740})
+    page.focus("#toggle-settings")
+    page.keyboard.press("Enter")
+    close = page.get_by_role("button", name="Close settings")
+    expect(close).to_be_in_viewport()
+    expect(close).to_be_focused()
+    page.locator("#seed").scroll_into_view_if_needed()
+    expect(close).to_be_in_viewport()
+    page.keyboard.press("Enter")
+    expect(page.locator("#settings")).to_be_hidden()
+    expect(page.locator("#toggle-settings")).to_be_focused()
+    page.click("#toggle-settings")
+    close.click()
+    expect(page.locator("#settings")).to_be_hidden()
+    page.set_viewport_size({"width": 1280, "height": 800})
+    expect(page.locator("#temperature")).to_be_visible()
+    expect(close).to_be_hidden()
+
+
 def test_enter_makes_a_new_line_on_a_touch_screen(open_page):
     page = open_page(viewport={"width": 380, "height": 740}, has_touch=True, is_mobile=True)
     page.locator("#composer textarea").press_sequentially("one")
