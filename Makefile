@@ -1,4 +1,4 @@
-# Two commands do everything: `make run` opens the studio on the demo model, `make test` passes the tests.
+# Two commands do everything: `make run` serves the studio on the demo model, `make test` passes the tests.
 # Both make their own virtual environment in .venv; PYTHON picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,7 @@ screenshots: .venv/test
 	$(BIN)/python -m tests.browser.screenshots
 
 .venv/run: requirements.txt
+	@echo "Installing into .venv: about 2 GB, more with a CUDA build of torch; this takes some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@

@@ -7,6 +7,7 @@ process. Heavy imports wait until the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -64,11 +65,16 @@ def build_parser() -> Parser:
     parser = Parser(prog="app.py", description="LMDeck: chat with a model on this machine.")
     parser.add_argument("--model", help="a model folder or Hugging Face name; default: the demo")
     parser.add_argument("--server-name", default="127.0.0.1", help="default: this machine only")
-    parser.add_argument("--server-port", type=_port, default=7860, help="0 picks a free one")
+    parser.add_argument(
+        "--server-port", type=_port, default=7860, help="default: 7860; 0 picks a free one"
+    )
     parser.add_argument("--share", action="store_true", help="open a public link, for anyone")
     parser.add_argument("--api-keys", nargs="+", default=[], help="keys that the API asks for")
     parser.add_argument(
-        "--log-level", default="warning", choices=("debug", "info", "warning", "error")
+        "--log-level",
+        default="warning",
+        choices=("debug", "info", "warning", "error"),
+        help="what is printed while it runs; default: warning",
     )
     add_engine_arguments(parser)
     return parser
@@ -81,9 +87,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "float16", "bfloat16"), help="default: auto"
     )
     parser.add_argument("--session-len", type=int, help="longest prompt plus answer, in tokens")
-    parser.add_argument("--max-batch-size", type=int, help="most requests answered at once")
     parser.add_argument(
-        "--cache-max-entry-count", type=float, help="share of free memory for the KV cache"
+        "--max-batch-size", type=int, help="most requests answered at once; default: 64"
+    )
+    parser.add_argument(
+        "--cache-max-entry-count",
+        type=float,
+        help="share of free memory for the KV cache; default: 0.8 on a GPU, at most 2 GiB on a CPU",
     )
     parser.add_argument(
         "--quant-policy", type=int, choices=(0, 4, 8), help="bits of the KV cache; 0: unquantized"
@@ -151,10 +161,14 @@ def bind(name: str, port: int) -> socket.socket:
         listener.listen(128)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"Cannot listen on {name}:{port}: {error.strerror or error}. Another LMDeck may be "
-            f"running there; choose another port, for example --server-port {port % 65535 + 1}."
-        ) from error
+        advice = "This machine does not have that address; use 127.0.0.1, or 0.0.0.0 for all."
+        if error.errno == errno.EADDRINUSE:
+            advice = (
+                "Another LMDeck may be running there; choose another port, for example "
+                f"--server-port {port % 65535 + 1}."
+            )
+        reason = error.strerror or error
+        raise ConfigError(f"Cannot listen on {name}:{port}: {reason}. {advice}") from error
     return listener
 
 

@@ -271,15 +271,9 @@ class Engine:
         prompt = self._prompts.build(request)
         length = len(prompt.token_ids)
         if length >= self.max_context:
-            held = self._runner.num_blocks * self._runner.block_size
-            advice = (
-                "give the KV cache more room (cache_max_entry_count, cache_bytes or cache_tokens)"
-                if self.max_context == held
-                else "load the model with a larger session_len"
-            )
             raise RequestError(
                 f"Prompt has {length:,} tokens; this model accepts {self.max_context - 1:,} and needs "
-                f"one for the answer. Shorten the prompt, or {advice}."
+                f"one for the answer. Shorten the prompt{self._advice()}."
             )
         room = self.max_context - length
         answer = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
@@ -300,6 +294,14 @@ class Engine:
             num_shareable=shareable_tokens(self.spec, length),
             arrived=arrived,
         )
+
+    def _advice(self) -> str:
+        """What would make room for longer prompts, if anything would."""
+        if self.max_context == self._runner.num_blocks * self._runner.block_size:
+            return ", or give the KV cache more room (cache_max_entry_count, cache_bytes, cache_tokens)"
+        if self.max_context < self.spec.max_position:
+            return ", or load the model with a larger session_len"
+        return " or start a new chat"
 
     def _check_tokens(self, name: str, token_ids: Iterable[int]) -> None:
         size = self.spec.vocab_size

@@ -48,10 +48,9 @@ def resolve_session_len(spec: ModelSpec, config: EngineConfig) -> int:
     scaled = int(rope.factor * rope.original_max_position) if rope.kind != "default" else 0
     limit = max(spec.max_position, scaled)
     if asked > limit:
-        advice = ", or set rope_scaling_factor (dynamic NTK) to stretch them"
         raise ConfigError(
-            f"session_len is {asked:,}; this model has {limit:,} positions. "
-            f"Lower session_len{advice if rope.kind == 'default' else ''}."
+            f"session_len is {asked:,}; this model has {limit:,} positions. Lower session_len to at "
+            f"most {limit}."
         )
     return asked
 
