@@ -213,7 +213,7 @@ def _runs(x: Tensor, name: str, reason: str | None) -> bool:
     if reason is None:
         return True
     shape = f"{name} {list(x.shape[1:])} {x.dtype}"
-    if torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         # Plain torch may wait for the device, which would break the capture; this only ends it.
         raise RuntimeError(f"{shape} runs in plain torch: {reason}.")
     if shape not in _reported:

@@ -72,7 +72,7 @@ def why_no_kernel(x: Tensor, packed: PackedW4A16) -> str | None:
 
 def _report(x: Tensor, k: int, n: int, group_size: int, reason: str) -> None:
     shape = f"[{k}, {n}], group size {group_size}, {x.dtype}"
-    if torch.cuda.is_current_stream_capturing():  # see decoder_ops._runs
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # see decoder_ops._runs
         raise RuntimeError(f"W4A16 {shape} runs in plain torch: {reason}.")
     if shape not in _reported:
         _reported.add(shape)
