@@ -28,10 +28,6 @@ class BlockManager:
         return len(self._free) + len(self._cached)
 
     @property
-    def num_cached(self) -> int:
-        return len(self._cached)
-
-    @property
     def num_held(self) -> int:
         return len(self._refs)
 

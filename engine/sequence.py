@@ -54,6 +54,7 @@ class Sequence:
         self.is_aborted = False
         self._hashes: list[bytes] = []
         self._uniforms: list[float] = []  # one for each answer token
+        # When the request was made, before its template and pictures were worked on.
         self._arrived = time.perf_counter() if arrived is None else arrived
         self._admitted: float | None = None
         self._first_token: float | None = None
@@ -109,7 +110,6 @@ class Sequence:
 
     def timing(self) -> Timing:
         now = time.perf_counter()
-        # Arrival is when the request was made, before its template and pictures were worked on.
         admitted = self._admitted or now
         first = self._first_token or now
         prefilled = self.num_prompt - (self.num_shared or 0)
